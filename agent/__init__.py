@@ -1,0 +1,1 @@
+"""The agent: one daemon per node, which owns the memory in which segments live."""

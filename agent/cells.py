@@ -1,0 +1,331 @@
+"""Cells between agents: a threaded TCP server and a pool of client connections.
+
+A connection begins with a mutual challenge over the cluster key. Then, again and again: a request
+frame, a reply frame, and after a `Payload` its bytes, which go from tmpfs to the socket by
+`sendfile` and from the socket into the caller's buffer by `recv_into`.
+"""
+
+import hmac
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import msgspec
+
+from ckptd.agent.store import Store
+from ckptd.digest import cell_span, digest, unpack_one
+from ckptd.errors import CorruptData, Gone, ProtocolError
+from ckptd.keys import NONCE_BYTES, ClusterKey
+from ckptd.manifest import NodeManifest
+from ckptd.wire import (
+    Decoder,
+    GetCell,
+    GetEncoded,
+    GetManifest,
+    GetParity,
+    Message,
+    NotHere,
+    Payload,
+    PeerReply,
+    PeerRequest,
+    encode,
+)
+
+PEER_TIMEOUT_S = 10.0
+_FRAME_LIMIT_BYTES = 16 << 10
+_CONNECTIONS_LIMIT = 256
+_KEEPALIVE_S = 20
+_IDLE_PER_PEER = 8
+_IDLE_S = 120.0
+_MANIFEST_LIMIT_BYTES = 256 << 20
+_ACCEPT_RETRY_S = 0.1
+
+EncodedRow = Callable[[GetEncoded], bytes | memoryview]
+
+
+class CellServer:
+    """Serves the store's cells, parity and manifests on `host:port` (port 0: any)."""
+
+    def __init__(
+        self, host: str, port: int, node: str, store: Store, key: ClusterKey, rows: EncodedRow
+    ) -> None:
+        self._node, self._store, self._key, self._rows = node, store, key, rows
+        self._requests: Decoder[PeerRequest] = Decoder(PeerRequest, _FRAME_LIMIT_BYTES)
+        self._listener = socket.create_server((host, port), backlog=128)
+        self.address = "{}:{}".format(*self._listener.getsockname()[:2])
+        self._room = threading.BoundedSemaphore(_CONNECTIONS_LIMIT)
+        self.bad_frames = 0
+        self._closed = False
+        threading.Thread(target=self._accept, name="ckptd-cells", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop accepting; open connections end when their peers let go."""
+        self._closed = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                conn, _ = self._listener.accept()
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(_ACCEPT_RETRY_S)  # out of file descriptors, for one: that passes
+                continue
+            if not self._room.acquire(blocking=False):
+                conn.close()
+                continue
+            threading.Thread(
+                target=self._serve, args=(conn,), name="ckptd-cells-peer", daemon=True
+            ).start()
+
+    def _serve(self, conn: socket.socket) -> None:
+        try:
+            with conn:
+                _tune(conn)
+                _challenge(conn, self._key, server=True)
+                while True:
+                    conn.settimeout(_IDLE_S)
+                    conn.recv(1, socket.MSG_PEEK)  # between requests a peer may be silent
+                    conn.settimeout(PEER_TIMEOUT_S)
+                    frame = _receive_frame(conn)
+                    if frame is None:
+                        return
+                    self._answer(conn, self._requests.decode(frame))
+        except ProtocolError:
+            self.bad_frames += 1
+        except OSError:
+            pass  # the peer is gone or too slow; it will come again
+        finally:
+            self._room.release()
+
+    def _answer(self, conn: socket.socket, request: PeerRequest) -> None:
+        try:
+            match request:
+                case GetCell():
+                    self._send_cell(conn, request)
+                case GetParity():
+                    self._send_parity(conn, request)
+                case GetEncoded():
+                    self._send_bytes(conn, self._rows(request))
+                case GetManifest():
+                    self._send_bytes(conn, msgspec.msgpack.encode(self._manifest(request)))
+        except (Gone, CorruptData) as error:
+            _send_frame(conn, NotHere(str(error)))
+
+    def _manifest(self, request: GetManifest) -> NodeManifest:
+        if request.node == self._node:
+            return self._store.node_manifest(request.id, self._node)
+        return self._store.read_node_manifest(request.id, request.node)
+
+    def _send_cell(self, conn: socket.socket, request: GetCell) -> None:
+        with self._store.segment(request.id, request.rank) as (path, sidecar):
+            if not 0 <= request.cell < sidecar.cells:
+                raise Gone(f"rank {request.rank} of {request.id} has {sidecar.cells} cells")
+            offset, length = cell_span(request.cell, sidecar.size_bytes, sidecar.cell_bytes)
+            with path.open("rb", buffering=0) as file:
+                _send_frame(conn, Payload(length, unpack_one(sidecar.digests, request.cell)))
+                _send_file(conn, file.fileno(), offset, length)
+
+    def _send_parity(self, conn: socket.socket, request: GetParity) -> None:
+        with self._store.parity(request.id) as parity:
+            offset, length, want = parity.cell(request.group, request.stripe, request.row)
+            with parity.path.open("rb", buffering=0) as file:
+                _send_frame(conn, Payload(length, want))
+                _send_file(conn, file.fileno(), offset, length)
+
+    def _send_bytes(self, conn: socket.socket, body: bytes | memoryview) -> None:
+        _send_frame(conn, Payload(len(body), digest(body)))
+        conn.sendall(body)
+
+
+class Peers:
+    """Client connections to other agents' cell servers, reused. Thread-safe."""
+
+    def __init__(self, key: ClusterKey) -> None:
+        self._key = key
+        self._mutex = threading.Lock()
+        self._idle: dict[str, list[socket.socket]] = {}
+        self._replies: Decoder[PeerReply] = Decoder(PeerReply, _FRAME_LIMIT_BYTES)
+
+    def close(self) -> None:
+        with self._mutex:
+            for connections in self._idle.values():
+                for conn in connections:
+                    conn.close()
+            self._idle.clear()
+
+    def fetch(self, address: str, request: PeerRequest, into: memoryview) -> tuple[int, int]:
+        """Fill `into` with the payload; returns (length in bytes, digest that the peer gave).
+
+        Raises Gone, ProtocolError (more than `into` holds), or OSError. The caller verifies.
+        """
+        with self._connection(address) as conn:
+            payload = self._ask(conn, address, request, len(into))
+            _receive_into(conn, into[: payload.length_bytes])
+            return payload.length_bytes, payload.digest
+
+    def fetch_manifest(self, address: str, request: GetManifest) -> NodeManifest:
+        """Raises Gone, ProtocolError or OSError."""
+        with self._connection(address) as conn:
+            payload = self._ask(conn, address, request, _MANIFEST_LIMIT_BYTES)
+            body = bytearray(payload.length_bytes)
+            _receive_into(conn, memoryview(body))
+        if digest(body) != payload.digest:
+            raise ProtocolError(f"the manifest from {address} was damaged on the way")
+        try:
+            manifest = msgspec.msgpack.decode(body, type=NodeManifest)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"the manifest from {address} is malformed: {error}") from error
+        if (manifest.id, manifest.node) != (request.id, request.node):
+            raise ProtocolError(f"{address} sent the manifest of {manifest.node}, {manifest.id}")
+        return manifest
+
+    def _ask(
+        self, conn: socket.socket, address: str, request: PeerRequest, limit_bytes: int
+    ) -> Payload:
+        _send_frame(conn, request)
+        frame = _receive_frame(conn)
+        if frame is None:
+            raise ConnectionResetError("the peer has hung up")
+        reply = self._replies.decode(frame)
+        if isinstance(reply, NotHere):
+            raise Gone(reply.reason)
+        if not 0 <= reply.length_bytes <= limit_bytes:
+            raise ProtocolError(
+                f"{address} wants to send {reply.length_bytes} bytes where at most "
+                f"{limit_bytes} fit"
+            )
+        return reply
+
+    @contextmanager
+    def _connection(self, address: str) -> Iterator[socket.socket]:
+        conn = self._take_idle(address)
+        if conn is None:
+            conn = socket.create_connection(_host_port(address), timeout=PEER_TIMEOUT_S)
+            try:
+                _tune(conn)
+                _challenge(conn, self._key, server=False)
+            except BaseException:
+                conn.close()
+                raise
+        try:
+            yield conn
+        except Gone:
+            self._give_back(address, conn)
+            raise
+        except BaseException:
+            conn.close()
+            raise
+        self._give_back(address, conn)
+
+    def _take_idle(self, address: str) -> socket.socket | None:
+        with self._mutex:
+            while self._idle.get(address):
+                conn = self._idle[address].pop()
+                # A peer that has hung up meanwhile shows as readable.
+                conn.setblocking(False)
+                try:
+                    if conn.recv(1, socket.MSG_PEEK) == b"":
+                        raise OSError("hung up")
+                    raise OSError("bytes that nobody asked for")
+                except BlockingIOError:
+                    conn.settimeout(PEER_TIMEOUT_S)
+                    return conn
+                except OSError:
+                    conn.close()
+        return None
+
+    def _give_back(self, address: str, conn: socket.socket) -> None:
+        with self._mutex:
+            idle = self._idle.setdefault(address, [])
+            if len(idle) < _IDLE_PER_PEER:
+                idle.append(conn)
+                return
+        conn.close()
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    try:
+        return host, int(port)
+    except ValueError:
+        raise ProtocolError(f"{address!r} is not a cell server's address (host:port)") from None
+
+
+def _tune(conn: socket.socket) -> None:
+    conn.settimeout(PEER_TIMEOUT_S)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A peer whose machine has died says nothing: its connection must not be kept for ever.
+    conn.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_S)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+def _challenge(conn: socket.socket, key: ClusterKey, *, server: bool) -> None:
+    """Both ends prove that they hold the cluster key. Raises ProtocolError."""
+    ours = secrets.token_bytes(NONCE_BYTES)
+    conn.sendall(ours)
+    theirs = _receive_exactly(conn, NONCE_BYTES)
+    mine, other = (b"server", b"client") if server else (b"client", b"server")
+    conn.sendall(key.proof(mine, ours, theirs))
+    if not hmac.compare_digest(_receive_exactly(conn, 32), key.proof(other, theirs, ours)):
+        raise ProtocolError("the peer does not have this cluster's key; see --key-file")
+
+
+def _send_frame(conn: socket.socket, message: Message) -> None:
+    frame = encode(message)
+    conn.sendall(struct.pack("!I", len(frame)) + frame)
+
+
+def _receive_frame(conn: socket.socket) -> bytes | None:
+    """One frame, or None when the peer has hung up between frames."""
+    first = conn.recv(4)
+    if not first:
+        return None
+    head = first + (_receive_exactly(conn, 4 - len(first)) if len(first) < 4 else b"")
+    (length,) = struct.unpack("!I", head)
+    if length > _FRAME_LIMIT_BYTES:
+        raise ProtocolError(f"a frame of {length} bytes is over the limit")
+    return _receive_exactly(conn, length)
+
+
+def _receive_exactly(conn: socket.socket, length: int) -> bytes:
+    body = bytearray(length)
+    _receive_into(conn, memoryview(body))
+    return bytes(body)
+
+
+def _receive_into(conn: socket.socket, into: memoryview) -> None:
+    while len(into):
+        received = conn.recv_into(into)
+        if not received:
+            raise ConnectionResetError("the peer hung up in the middle of a message")
+        into = into[received:]
+
+
+def _send_file(conn: socket.socket, fd: int, offset: int, length: int) -> None:
+    # socket.sendfile would wait without a limit; os.sendfile honours the time-out of a
+    # non-blocking socket through select.
+    end = offset + length
+    while offset < end:
+        try:
+            sent = os.sendfile(conn.fileno(), fd, offset, min(end - offset, 1 << 20))
+        except BlockingIOError:
+            poll = select.poll()  # select() takes no descriptor beyond 1023
+            poll.register(conn, select.POLLOUT)
+            if not poll.poll(PEER_TIMEOUT_S * 1000):
+                raise TimeoutError("the peer does not take the bytes") from None
+            continue
+        if not sent:
+            raise ConnectionResetError("the file is shorter than its manifest says")
+        offset += sent

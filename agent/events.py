@@ -1,0 +1,287 @@
+"""What happens to an agent, and what it does about it: the vocabulary of the lifecycle decider.
+
+Order contract of actions: the shell carries out the actions of one call in the order given, and an
+action that stores something (`KeepRecord`, `KeepManifest`) has finished before the next begins.
+So whatever is reported was stored before.
+"""
+
+from dataclasses import dataclass
+
+from ckptd.ids import SnapshotId
+from ckptd.manifest import JobManifest, JobRecord
+from ckptd.segment import ParitySidecar, Sidecar
+from ckptd.wire import (
+    AgentMessage,
+    AgentToLauncher,
+    AgentToTrainer,
+    CoordinatorMessage,
+    LauncherMessage,
+    Source,
+    TrainerMessage,
+)
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The connection to the coordinator is up (again)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection to the coordinator is down."""
+
+
+@dataclass(frozen=True, slots=True)
+class FromCoordinator:
+    message: CoordinatorMessage
+
+
+@dataclass(frozen=True, slots=True)
+class FromLocal:
+    """A message over the Unix socket, from a trainer or a launcher."""
+
+    conn: int
+    message: TrainerMessage | LauncherMessage
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGone:
+    """A connection over the Unix socket has ended.
+
+    `dead`: so has its process. If not, it may still write to its slots: they stay its own until
+    ProcessEnded.
+    """
+
+    conn: int
+    reason: str
+    dead: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """The process of a connection that ended earlier is dead, too."""
+
+    conn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """The slot file `name` is there, reserved and prefaulted."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationFailed:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentChecked:
+    """The slot holds a sealed segment with a valid sidecar (None: it does not; `reason`)."""
+
+    name: str
+    sidecar: Sidecar | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Nothing holds the file any more and it is no longer published."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """All parity that this node keeps of `id` is stored, and every manifest of its group."""
+
+    id: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeFailed:
+    """Encoding has ended without parity: trying again cannot help, or ("") it was stopped."""
+
+    id: SnapshotId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something does not work, and is being tried again; for people to know."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A segment has been brought here (or checked, and repaired, where it was)."""
+
+    name: str
+    fetched_cells: int
+    rebuilt_cells: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    name: str
+    kind: str
+    reason: str
+
+
+Event = (
+    Connected
+    | Disconnected
+    | FromCoordinator
+    | FromLocal
+    | LocalGone
+    | ProcessEnded
+    | Allocated
+    | AllocationFailed
+    | SegmentChecked
+    | Released
+    | Encoded
+    | EncodeFailed
+    | Trouble
+    | Fetched
+    | FetchFailed
+)
+
+
+# Actions.
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Send to the coordinator (lost when there is none: Hello repeats all that counts)."""
+
+    message: AgentMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send to a trainer or launcher."""
+
+    conn: int
+    message: AgentToTrainer | AgentToLauncher
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Make a slot file: answered by Allocated or AllocationFailed."""
+
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSegment:
+    """Look whether the slot was sealed: answered by SegmentChecked."""
+
+    name: str
+    id: SnapshotId
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Unpublish a segment or parity file, once nothing pins it: answered by Released."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete a file that holds nothing."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRecord:
+    record: JobRecord
+
+
+@dataclass(frozen=True, slots=True)
+class KeepManifest:
+    manifest: JobManifest
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetManifests:
+    id: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetJob:
+    """Delete the job's record; its slots go one by one."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Protect this node's part: answered by Encoded or EncodeFailed.
+
+    Repeated while it is under way: only the addresses are new. `serve_only`: this node has its
+    parity, and others want the rows that it encodes.
+    """
+
+    manifest: JobManifest
+    cells: dict[str, str]
+    name: str
+    size_bytes: int
+    serve_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopEncode:
+    id: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring the segment of `rank` into the file `name`: answered by Fetched or FetchFailed.
+
+    `present`: the file is a sealed segment already, to be verified and repaired.
+    """
+
+    name: str
+    size_bytes: int
+    id: SnapshotId
+    rank: int
+    source: Source
+    present: bool
+
+
+Action = (
+    Report
+    | Tell
+    | Allocate
+    | CheckSegment
+    | Release
+    | Delete
+    | KeepRecord
+    | KeepManifest
+    | ForgetManifests
+    | ForgetJob
+    | Encode
+    | StopEncode
+    | Fetch
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """What a restarted agent found, whole, in its memory directory."""
+
+    segments: tuple[tuple[str, Sidecar], ...] = ()
+    parities: tuple[tuple[str, int, ParitySidecar], ...] = ()
+    """(name, size in bytes of the file, sidecar)"""
+    manifests: tuple[JobManifest, ...] = ()
+    records: tuple[JobRecord, ...] = ()
+    problems: tuple[str, ...] = ()

@@ -1,0 +1,340 @@
+"""Protecting one snapshot on one node: encode this node's stripes, keep this node's parity.
+
+The first parity node of a stripe is its encoder (design of REFT's in-memory coding, with one
+encoder for each stripe): it pulls the k data cells, verifies them, computes all rows in one pass,
+keeps the first, and hands the others to the nodes that keep them. Pulling bounds what is under way.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from time import monotonic
+from typing import TypeVar
+
+from ckptd.agent.reader import CellReader
+from ckptd.agent.store import Store
+from ckptd.digest import cell_count, digest, pack
+from ckptd.erasure import Codec, Stripe, open_codec
+from ckptd.errors import CorruptData, Gone, ProtocolError
+from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
+from ckptd.segment import ParitySidecar
+from ckptd.wire import GetEncoded
+
+ROWS_WINDOW = 8
+_RETRY_S = 0.2
+_RETRY_MAX_S = 2.0
+_ROW_WAIT_S = 5.0
+_ROW_PATIENCE_S = 2.0
+_TROUBLE_AFTER_S = 5.0
+
+_codec = lru_cache(open_codec)  # opening runs its self-test
+
+
+_T = TypeVar("_T")
+
+
+def codec_for(manifest: JobManifest, group: Group) -> Codec:
+    """The codec of a group, opened once. Raises ProtocolError for one that is not to be had."""
+    codec = _codec(group.data_shards, group.parity_shards)
+    if codec.name != manifest.codec:
+        raise ProtocolError(
+            f"{manifest.id} is coded with {manifest.codec!r}, and this agent has {codec.name!r}; "
+            "install the ckptd version that wrote it"
+        )
+    return codec
+
+
+class Stopped(Exception):
+    """The snapshot is no longer to be protected."""
+
+
+class EncodeRun:
+    """One node's share in protecting one snapshot. `done` is called once, from a thread.
+
+    `done(None)` when all parity of this node is stored and published, `done(reason)` when it never
+    will be (the reason is empty when it was stopped). `trouble(reason)` says what is tried again.
+    """
+
+    def __init__(
+        self,
+        manifest: JobManifest,
+        node: str,
+        cells: dict[str, str],
+        store: Store,
+        reader: CellReader,
+        path: Path | None,
+        size_bytes: int,
+        done: Callable[[str | None], None],
+        trouble: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        place = manifest.place_of(node)
+        if place is None:
+            raise ProtocolError(f"{node} has no part in {manifest.id}")
+        self._manifest, self._node, self._store, self._reader = manifest, node, store, reader
+        self._group_index, self._me = place
+        self._group = manifest.groups[self._group_index]
+        self._map = manifest.stripe_map(self._group_index)
+        self._cells, self._path, self._size_bytes = cells, path, size_bytes
+        self._done, self._trouble = done, trouble
+        self._codec = codec_for(manifest, self._group)
+        self._places = [
+            list(member.cell_ranks(manifest.cell_bytes)) for member in self._group.members
+        ]
+        self._node_manifests: dict[int, NodeManifest] = {}
+        self._manifests_ready = threading.Event()
+        self._rows: dict[tuple[int, int], memoryview] = {}
+        self._encoded: set[int] = set()
+        self._change = threading.Condition()
+        self._stop = threading.Event()
+        self._failure: Exception | None = None
+        self._patience_s = _ROW_PATIENCE_S
+        self._index = {place: n for n, place in enumerate(self._map.parity_of(self._me))}
+        self._parity: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def start(self) -> None:
+        """Begin, in threads of its own. Without a path (serve only), rows are made on demand."""
+        threading.Thread(target=self._run, name="ckptd-encode", daemon=True).start()
+
+    def stop(self) -> None:
+        """End as soon as possible."""
+        self._stop.set()
+        with self._change:
+            self._change.notify_all()
+
+    def update(self, cells: dict[str, str]) -> None:
+        """Peers have other addresses now."""
+        self._cells = cells
+
+    def row(self, request: GetEncoded) -> memoryview:
+        """A parity row for the node that keeps it. Raises Gone if it cannot be had in time.
+
+        A row is handed out once from the buffer and computed again if it is asked for again, so
+        that the buffer stays small however slow a peer is.
+        """
+        stripe = self._stripe(request.stripe)
+        if stripe.encoder != self._me or not 0 < request.row < self._group.parity_shards:
+            raise Gone(f"{self._node} does not encode row {request.row} of {request.stripe}")
+        key = (request.stripe, request.row)
+        with self._change:
+            self._change.wait_for(
+                lambda: (
+                    key in self._rows
+                    or request.stripe in self._encoded
+                    or self._path is None
+                    or self._stop.is_set()
+                ),
+                _ROW_WAIT_S,
+            )
+            if self._stop.is_set():
+                raise Gone(f"{self._manifest.id} is no longer being protected")
+            found = self._rows.pop(key, None)
+            self._change.notify_all()
+            if found is not None:
+                return found
+            if request.stripe not in self._encoded and self._path is not None:
+                raise Gone(f"stripe {request.stripe} is not encoded yet")
+        if not self._manifests_ready.wait(_ROW_WAIT_S):
+            raise Gone("the manifests of the group are not here yet")
+        try:
+            return self._encode(stripe)[request.row]
+        except (CorruptData, OSError) as error:
+            raise Gone(f"stripe {request.stripe} cannot be encoded again: {error}") from error
+
+    def _run(self) -> None:
+        try:
+            self._collect_manifests()
+            if self._path is None:
+                return
+            if not self._path.exists():
+                self._store.allocate(
+                    str(self._path.relative_to(self._store.root)), self._size_bytes
+                )
+            collector = threading.Thread(target=self._guard, args=(self._collect_rows,))
+            collector.start()
+            self._guard(self._encode_own)
+            collector.join()
+            if not self._stop.is_set():
+                self._publish()
+                self._done(None)
+                return
+        except Stopped:
+            pass
+        except Exception as error:
+            self._fail(error)
+        # Only now: no thread of this run writes to the parity file any more.
+        failure = self._failure
+        self._done("" if failure is None else str(failure) or type(failure).__name__)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Stopped:
+            pass
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self._change:
+            if not self._stop.is_set():
+                self._failure = error
+            self._stop.set()
+            self._change.notify_all()
+
+    def _collect_manifests(self) -> None:
+        """Keep every node manifest of the group before any parity is made."""
+        for number, member in enumerate(self._group.members):
+            if not member.extents:
+                continue  # it holds parity only
+            manifest = self._again(partial(self._pull_manifest, member.node))
+            sizes = {(s.rank, s.size_bytes) for s in manifest.segments}
+            if not sizes >= {(e.rank, e.size_bytes) for e in member.extents}:
+                raise ProtocolError(f"the manifest of {member.node} does not fit the job manifest")
+            for segment in manifest.segments:
+                cells = cell_count(segment.size_bytes, self._manifest.cell_bytes)
+                if len(segment.digests) != 8 * cells:
+                    raise ProtocolError(f"the manifest of {member.node} has missing digests")
+            self._node_manifests[number] = manifest
+            if member.node != self._node:
+                self._store.keep_node_manifest(manifest)
+        self._manifests_ready.set()
+
+    def _pull_manifest(self, node: str) -> NodeManifest:
+        return self._reader.node_manifest(self._manifest.id, node, self._addresses(node))
+
+    def _encode_own(self) -> None:
+        for stripe in self._map.stripes:
+            if stripe.encoder != self._me or stripe.is_void:
+                continue
+            rows = self._again(partial(self._encode, stripe))
+            self._keep(stripe.number, 0, rows[0])
+            with self._change:
+                self._wait_for_room()
+                if self._stop.is_set():
+                    raise Stopped
+                for number in range(1, len(rows)):
+                    self._rows[stripe.number, number] = rows[number]
+                self._encoded.add(stripe.number)
+                self._change.notify_all()
+
+    def _wait_for_room(self) -> None:
+        """Wait until peers have taken rows; then give up the oldest, which can be made again.
+
+        A peer that has its row from before this agent was restarted never asks for it.
+        """
+        taken = self._change.wait_for(
+            lambda: len(self._rows) < ROWS_WINDOW or self._stop.is_set(), self._patience_s
+        )
+        if taken:
+            self._patience_s = _ROW_PATIENCE_S
+            return
+        self._patience_s /= 2
+        while len(self._rows) >= ROWS_WINDOW:
+            del self._rows[next(iter(self._rows))]
+
+    def _encode(self, stripe: Stripe) -> list[memoryview]:
+        """All parity rows of one stripe, as long as its longest data cell."""
+        lengths = [self._cell_length(member, cell) for member, cell in stripe.data]
+        length = max(lengths)
+        data = [memoryview(bytearray(length)) for _ in stripe.data]
+        for (member, cell), view in zip(stripe.data, data, strict=True):
+            if cell is None:
+                continue
+            rank, index = self._places[member][cell]
+            self._reader.cell(
+                self._manifest.id,
+                self._segment(member, rank),
+                index,
+                self._manifest.cell_bytes,
+                self._addresses(self._group.members[member].node),
+                view,
+            )
+        rows = [memoryview(bytearray(length)) for _ in stripe.parity]
+        self._codec.encode(data, rows)
+        return rows
+
+    def _collect_rows(self) -> None:
+        for stripe_number, row in self._index:
+            if row == 0:
+                continue
+            stripe = self._stripe(stripe_number)
+            length = max(self._cell_length(member, cell) for member, cell in stripe.data)
+            into = memoryview(bytearray(length))
+            encoder = self._group.members[stripe.encoder].node
+            request = GetEncoded(self._manifest.id, self._group_index, stripe_number, row)
+            self._again(partial(self._pull_row, encoder, request, into))
+            self._keep(stripe_number, row, into)
+
+    def _pull_row(self, encoder: str, request: GetEncoded, into: memoryview) -> None:
+        address = self._cells.get(encoder)
+        if address is None:
+            raise ConnectionError(f"{encoder} is not there")
+        try:
+            length, want = self._reader.peers.fetch(address, request, into)
+        except Gone as error:
+            # Its encoder is not that far, or has begun again: worth another try.
+            raise ConnectionError(str(error)) from error
+        if length != len(into) or digest(into) != want:
+            raise ConnectionError(f"a parity row from {encoder} was damaged on the way")
+
+    def _keep(self, stripe: int, row: int, cell: memoryview) -> None:
+        """Write one parity cell to its place in the file."""
+        if self._path is None:
+            raise ProtocolError("there is no parity file to write to")
+        number = self._index[stripe, row]
+        with self._path.open("r+b", buffering=0) as file:
+            file.seek(number * self._manifest.cell_bytes)
+            file.write(cell)
+        self._parity[stripe, row] = (len(cell), digest(cell))
+
+    def _publish(self) -> None:
+        index = list(self._index)
+        kept = [self._parity[place] for place in index]
+        sidecar = ParitySidecar(
+            id=self._manifest.id,
+            group=self._group_index,
+            member=self._me,
+            cell_bytes=self._manifest.cell_bytes,
+            lengths=tuple(length for length, _ in kept),
+            digests=pack(value for _, value in kept),
+        )
+        if self._path is not None:
+            self._store.publish_parity(self._path, sidecar, index)
+
+    def _again(self, attempt: Callable[[], _T]) -> _T:
+        """Try until it works, the snapshot is stopped, or trying again cannot help."""
+        wait_s, tell_at = _RETRY_S, monotonic() + _TROUBLE_AFTER_S
+        while not self._stop.is_set():
+            try:
+                return attempt()
+            except OSError as error:
+                if monotonic() >= tell_at:
+                    self._trouble(f"{self._manifest.id} is not protected yet: {error}")
+                    tell_at = math.inf
+                self._stop.wait(wait_s)
+                wait_s = min(2 * wait_s, _RETRY_MAX_S)
+        raise Stopped
+
+    def _addresses(self, node: str) -> list[str]:
+        """Where to ask for what `node` has. Raises ConnectionError while it is away."""
+        if node == self._node:
+            return []
+        if node not in self._cells:
+            raise ConnectionError(f"{node} is not there")
+        return [self._cells[node]]
+
+    def _stripe(self, number: int) -> Stripe:
+        if not 0 <= number < len(self._map.stripes):
+            raise Gone(f"{self._manifest.id} has {len(self._map.stripes)} stripes")
+        return self._map.stripes[number]
+
+    def _segment(self, member: int, rank: int) -> SegmentDigests:
+        return self._node_manifests[member].segment(rank)
+
+    def _cell_length(self, member: int, cell: int | None) -> int:
+        if cell is None:
+            return 0
+        rank, index = self._places[member][cell]
+        extent = next(e for e in self._group.members[member].extents if e.rank == rank)
+        return min(self._manifest.cell_bytes, extent.size_bytes - index * self._manifest.cell_bytes)

@@ -1,0 +1,103 @@
+"""Reading cells from wherever they are, verified: from this node's memory or from a peer's."""
+
+import os
+from collections.abc import Sequence
+
+from ckptd.agent.cells import Peers
+from ckptd.agent.store import Store
+from ckptd.digest import cell_span, digest, unpack_one
+from ckptd.errors import CorruptData, Gone, PeerError, ProtocolError
+from ckptd.ids import SnapshotId
+from ckptd.manifest import NodeManifest, SegmentDigests
+from ckptd.wire import GetCell, GetManifest, GetParity
+
+
+class CellReader:
+    """Every read is verified against the digest that the cell had when it was captured."""
+
+    def __init__(self, node: str, store: Store, peers: Peers) -> None:
+        self.node, self.store, self.peers = node, store, peers
+
+    def cell(
+        self,
+        id: SnapshotId,
+        segment: SegmentDigests,
+        index: int,
+        cell_bytes: int,
+        addresses: Sequence[str],
+        into: memoryview,
+    ) -> int:
+        """Read one data cell into `into`, from here or from the first address that has it whole.
+
+        Returns its length in bytes. Raises CorruptData if some copy was there but wrong, Gone if
+        nobody has it, OSError if nobody could be reached.
+        """
+        _, length = cell_span(index, segment.size_bytes, cell_bytes)
+        want = unpack_one(segment.digests, index)
+        what = f"cell {index} of rank {segment.rank} of {id}"
+        failures: list[Exception] = []
+        for address in ("", *addresses):
+            try:
+                if address:
+                    request = GetCell(id, segment.rank, index)
+                    got, _ = self.peers.fetch(address, request, into[:length])
+                else:
+                    got = self._local_cell(id, segment.rank, index, into[:length])
+                if got == length and digest(into[:length]) == want:
+                    return length
+                failures.append(CorruptData(f"{what} from {address or self.node} is damaged"))
+            except (PeerError, OSError) as error:
+                failures.append(error)
+        raise _worst(failures)
+
+    def parity(
+        self, id: SnapshotId, group: int, stripe: int, row: int, address: str, into: memoryview
+    ) -> int:
+        """Read one parity cell; returns its length. Raises CorruptData, Gone or OSError."""
+        if not address:
+            with self.store.parity(id) as parity:
+                offset, length, want = parity.cell(group, stripe, row)
+                _read_at(parity.path, offset, into[:length])
+        else:
+            length, want = self.peers.fetch(address, GetParity(id, group, stripe, row), into)
+        if digest(into[:length]) != want:
+            raise CorruptData(f"parity row {row} of stripe {stripe} of {id} is damaged")
+        return length
+
+    def node_manifest(self, id: SnapshotId, node: str, addresses: Sequence[str]) -> NodeManifest:
+        """The node manifest of `node`, from here or from the first address that has it."""
+        failures: list[Exception] = []
+        try:
+            if node == self.node:
+                return self.store.node_manifest(id, node)
+            return self.store.read_node_manifest(id, node)
+        except PeerError as error:
+            failures.append(error)
+        for address in addresses:
+            try:
+                return self.peers.fetch_manifest(address, GetManifest(id, node))
+            except (PeerError, OSError) as error:
+                failures.append(error)
+        raise _worst(failures)
+
+    def _local_cell(self, id: SnapshotId, rank: int, index: int, into: memoryview) -> int:
+        with self.store.segment(id, rank) as (path, sidecar):
+            offset, length = cell_span(index, sidecar.size_bytes, sidecar.cell_bytes)
+            if length > len(into):
+                raise ProtocolError(f"rank {rank} of {id} has another size here")
+            return _read_at(path, offset, into[:length])
+
+
+def _read_at(path: os.PathLike[str], offset: int, into: memoryview) -> int:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.readinto(into) or 0
+
+
+def _worst(failures: Sequence[Exception]) -> Exception:
+    """What says most about why a cell could not be read: damage, then absence, then the network."""
+    for kind in (CorruptData, OSError, ProtocolError, Gone):
+        for failure in failures:
+            if isinstance(failure, kind):
+                return failure
+    return failures[0]

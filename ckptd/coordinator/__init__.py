@@ -1,0 +1,1 @@
+"""The coordinator: it decides, and is never on the path of a byte of state."""

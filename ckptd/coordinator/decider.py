@@ -1,0 +1,916 @@
+"""Everything that the coordinator decides, without IO, clock or randomness.
+
+`handle(peer, message, now)` and `tick(now)` return actions, which the shell carries out in order.
+Order contract: actions of one call are sent in the order given, and messages to one node arrive in
+the order sent; an order that follows from a report is never sent before the report was taken in.
+All times are monotonic seconds.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ckptd.coordinator import choice, recovery
+from ckptd.coordinator.pacer import Pacer
+from ckptd.coordinator.state import (
+    ENDED,
+    Attachment,
+    Event,
+    Job,
+    Node,
+    PendingResume,
+    Snapshot,
+    State,
+)
+from ckptd.erasure import ZfecCodec, default_parity, form_groups
+from ckptd.errors import InternalError
+from ckptd.ids import SnapshotId
+from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member, is_ancestor
+from ckptd.wire import (
+    Activate,
+    AgentMessage,
+    AskResumeFor,
+    Beat,
+    Commit,
+    CoordinatorMessage,
+    Dismiss,
+    Drop,
+    Forget,
+    Grant,
+    Hello,
+    Holding,
+    Holds,
+    LauncherWaiting,
+    LifeResumed,
+    Protect,
+    RankLeft,
+    RankReport,
+    RankState,
+    Record,
+    ResumeWaits,
+    SegmentReady,
+    SnapshotFailed,
+    TakeSnapshot,
+    Welcome,
+    WhoAreYou,
+)
+
+_REPEAT_WAITING_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the cluster is told at start."""
+
+    cell_bytes: int = 4 << 20
+    """Size of a cell, the unit of coding and transfer, in bytes."""
+    parity_shards: int | None = None
+    """Parity shards of each group; None: 2 from four nodes on, 1 for two or three."""
+    group_nodes: int = 8
+    """Largest size of a group, in nodes."""
+    beat_s: float = 0.5
+    """How often an agent says that it is alive, in seconds."""
+    lease_s: float = 4.0
+    """A node that was silent for so long is lost, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `message` to the agent behind `peer`."""
+
+    peer: bytes
+    message: CoordinatorMessage
+
+
+class Coordinator:
+    """Membership, groups, lives, tickets, commit and resume of one cluster."""
+
+    def __init__(self, settings: Settings, now: float) -> None:
+        self.settings = settings
+        self.started_at = now
+        self.nodes: dict[str, Node] = {}
+        self.jobs: dict[str, Job] = {}
+        self.events: deque[Event] = deque(maxlen=2000)
+        """What happened, for status."""
+        self.news: deque[Event] = deque(maxlen=2000)
+        """The same, for the log, which takes it out."""
+        self._forgotten: dict[str, int] = {}
+        """Jobs that were forgotten, and their last life: a node that was away may still hold it."""
+        self._peers: dict[bytes, str] = {}
+        self._out: list[Send] = []
+
+    # The two entries.
+
+    def handle(self, peer: bytes, message: AgentMessage, now: float) -> list[Send]:
+        """Take in one message of an agent."""
+        if isinstance(message, Hello):
+            self._hello(peer, message, now)
+            return self._flush()
+        name = self._peers.get(peer)
+        if name is None:
+            self._out.append(Send(peer, WhoAreYou()))
+            return self._flush()
+        node = self.nodes[name]
+        node.last_seen = now
+        if not node.live:
+            # It was given up; its word on what it holds must be heard again.
+            self._out.append(Send(peer, WhoAreYou()))
+            return self._flush()
+        match message:
+            case Beat():
+                node.memory_used_bytes = message.memory_used_bytes
+                node.problems = message.problems
+            case Holds():
+                self._holds(name, message.holding, now)
+                self._look_again(message.holding.id.job, now)
+            case RankReport():
+                self._rank_report(name, message.state, now)
+                self._look_again(message.state.job, now)
+            case RankLeft():
+                self._rank_left(name, message, now)
+            case AskResumeFor():
+                self._ask_resume(name, message, now)
+            case SegmentReady():
+                self._event(
+                    now,
+                    "segment_ready",
+                    message.job,
+                    f"rank {message.rank}'s segment of {message.id} is on {name}",
+                    node=name,
+                    rank=message.rank,
+                    life=message.life,
+                    fetched_cells=message.fetched_cells,
+                    rebuilt_cells=message.rebuilt_cells,
+                )
+            case LifeResumed():
+                self._life_resumed(message, now)
+            case SnapshotFailed():
+                self._snapshot_failed(name, message, now)
+            case LauncherWaiting():
+                if message.waiting:
+                    node.launchers.add(message.job)
+                else:
+                    node.launchers.discard(message.job)
+                if message.job in self.jobs:
+                    self._fill_vacancies(self.jobs[message.job], now)
+        return self._flush()
+
+    def tick(self, now: float) -> list[Send]:
+        """Let time pass: leases run out, waiting resumes are looked at again."""
+        for name, node in self.nodes.items():
+            if node.live and now - node.last_seen >= self.settings.lease_s:
+                self._node_lost(name, now)
+        for job in list(self.jobs.values()):
+            self._miss_nodes(job, now)
+            if now >= self._settled_at:
+                for snapshot in list(job.snapshots.values()):
+                    undecided = snapshot.unprotected and not snapshot.reason
+                    if undecided and snapshot.state is State.SEALED:
+                        self._give_up(job, snapshot, snapshot.unprotected, now)
+            self._tell_life(job, now)
+            self._consider_resume(job, now)
+        return self._flush()
+
+    def next_deadline(self, now: float) -> float:
+        """When `tick` must be called at the latest."""
+        deadlines = [n.last_seen + self.settings.lease_s for n in self.nodes.values() if n.live]
+        if any(job.pending for job in self.jobs.values()):
+            deadlines.append(now + self.settings.beat_s)
+        return min(deadlines, default=now + 1.0)
+
+    def remove_job(self, name: str, now: float) -> str:
+        """Forget a job and free its memory everywhere; returns "" or the reason why not."""
+        job = self.jobs.get(name)
+        if job is None:
+            known = ", ".join(sorted(self.jobs)) or "none"
+            return f"no job {name!r} is known; known jobs: {known}"
+        if job.attachments:
+            return f"job {name!r} is running on {', '.join(sorted(self._job_nodes(job)))}; stop it"
+        self._forget(job, "removed by hand", now)
+        return ""
+
+    def take_actions(self) -> list[Send]:
+        """Actions of `remove_job`."""
+        return self._flush()
+
+    def live_holdings(self, id: SnapshotId) -> dict[str, Holding]:
+        """What live nodes hold of one snapshot."""
+        return choice.live_holdings(self.nodes, id)
+
+    def check_invariants(self) -> None:
+        """Raise InternalError if what must always hold does not. Called by tests."""
+        for job in self.jobs.values():
+            for snapshot in job.snapshots.values():
+                if snapshot.state in ENDED:
+                    raise InternalError(f"{snapshot.id} has ended and is still listed")
+                if snapshot.state is State.PROTECTED and snapshot.manifest is None:
+                    raise InternalError(f"{snapshot.id} is protected without a manifest")
+                if snapshot.id.life > job.life:
+                    raise InternalError(f"{snapshot.id} is of a life that was not granted")
+
+    # Membership.
+
+    def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
+        old = self.nodes.get(hello.node)
+        if (
+            old is not None
+            and old.live
+            and old.peer != peer
+            and old.hello.memory_token != hello.memory_token
+            and now - old.last_seen < self.settings.lease_s
+        ):
+            # Either two nodes have one id, or the node came back with empty memory. If the old
+            # agent is heard again, it is the former; if not, its lease runs out. Until then the
+            # new one gets no answer, and says Hello again.
+            if old.rival_since is None:
+                old.rival_since = now
+            elif old.last_seen > old.rival_since:
+                reason = (
+                    f"node id {hello.node!r} is in use by the agent at {old.hello.address}; "
+                    "give this agent another --node"
+                )
+                self._out.append(Send(peer, Dismiss(reason)))
+            return
+        if old is not None:
+            self._peers.pop(old.peer, None)
+        # A restarted agent starts anew; the same one saying hello again goes on.
+        fresh = old is None or old.hello.incarnation != hello.incarnation
+        node = Node(hello, peer, now, launchers=set(hello.launchers))
+        node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
+        self.nodes[hello.node] = node
+        self._peers[peer] = hello.node
+        self._send(hello.node, Welcome(self.settings.beat_s, self.settings.cell_bytes))
+        if fresh:
+            self._event(now, "node_joined", "", f"{hello.node} joined", node=hello.node)
+        for record in hello.records:
+            if record.life <= self._forgotten.get(record.job, 0):
+                self._send(hello.node, Forget(record.job, "it was forgotten while you were away"))
+                continue
+            job = self._job(record.job)
+            if job.record is None or record.life > job.record.life:
+                self._adopt_record(job, record)
+        for job in self.jobs.values():
+            if job.record is not None:
+                self._send(hello.node, Record(job.record))
+            self._forget_attachments(job, hello.node)
+        # All that it holds is taken in before anything is decided from it.
+        for holding in hello.holdings:
+            self._holds(hello.node, holding, now)
+        known = {holding.id for holding in hello.holdings}
+        for job in list(self.jobs.values()):
+            self._resend_orders(job, hello.node, known, now)
+        for state in hello.ranks:
+            self._rank_report(hello.node, state, now)
+        for job in list(self.jobs.values()):
+            self._fill_vacancies(job, now)
+            self._tell_life(job, now)
+            self._consider_resume(job, now)
+
+    def _adopt_record(self, job: Job, record: JobRecord) -> None:
+        """Learn of a life that this coordinator did not grant."""
+        job.record = record
+        if record.life < job.life:
+            return
+        job.life, job.round, job.world_size = record.life, "", 0
+        job.resumed, job.members = False, {}
+        job.vacancies, job.finished, job.left = {}, set(), set()
+        job.resumed_from = choice.origin(record)
+
+    def _resend_orders(self, job: Job, node: str, held: set[SnapshotId], now: float) -> None:
+        """Orders are idempotent: give `node` those that it may have missed."""
+        for snapshot in list(job.snapshots.values()):
+            if snapshot.state in (State.TICKETED, State.CAPTURING):
+                ours = snapshot.id.life == job.life and node in job.members.values()
+                if ours and snapshot.id not in held:
+                    self._end(job, snapshot, State.DROPPED, f"the agent on {node} was away", now)
+            elif snapshot.state is State.SEALED and snapshot.manifest is not None:
+                if snapshot.manifest.place_of(node) is not None:
+                    # Others may have given up on this node: everybody looks again.
+                    self._order_protect(job, snapshot, now)
+            elif snapshot.state is State.PROTECTED and snapshot.id in held:
+                self._send(node, Commit(snapshot.id, ()))
+
+    def _node_lost(self, name: str, now: float) -> None:
+        node = self.nodes[name]
+        node.live = False
+        silent_s = now - node.last_seen
+        self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
+        node.holdings = {}
+        for job in self.jobs.values():
+            self._forget_attachments(job, name)
+            self._miss_nodes(job, now)
+
+    def _miss_nodes(self, job: Job, now: float) -> None:
+        """Note which nodes of the life are lost, to a coordinator before this one perhaps."""
+        record = job.record
+        left = job.world_size and len(job.left) == job.world_size
+        if record is None or record.life != job.life or left:
+            return
+        for name, token in sorted(record.nodes.items()):
+            node = self.nodes.get(name)
+            if node is None:
+                lost = now >= self._settled_at
+            else:  # one that came back with empty memory has lost its ranks, too
+                lost = not node.live or node.hello.memory_token != token
+            if lost:
+                job.vacancies.setdefault(name, "")
+        self._fill_vacancies(job, now)
+
+    def _forget_attachments(self, job: Job, node: str) -> None:
+        for key in [key for key, held in job.attachments.items() if held.node == node]:
+            del job.attachments[key]
+
+    def _is_back(self, job: Job, name: str) -> bool:
+        """Whether a lost node has come back to its ranks; not as a spare, for any place."""
+        node = self.nodes.get(name)
+        if node is None or not node.live or job.name in node.launchers:
+            return False
+        token = job.record.nodes.get(name) if job.record is not None else None
+        return node.hello.memory_token == token or name in self._job_nodes(job)
+
+    def _fill_vacancies(self, job: Job, now: float) -> None:
+        """Call a waiting spare for each lost node of the job's life."""
+        for lost, called in job.vacancies.items():
+            if called and self.nodes[called].live:
+                if job.name in self.nodes[called].launchers:
+                    # It still waits, so it has not heard the call.
+                    self.nodes[called].launchers.discard(job.name)
+                    self._send(called, Activate(job.name))
+                continue
+            if self._is_back(job, lost):
+                continue
+            for name, node in sorted(self.nodes.items()):
+                if node.live and job.name in node.launchers:
+                    node.launchers.discard(job.name)
+                    job.vacancies[lost] = name
+                    self._send(name, Activate(job.name))
+                    self._event(
+                        now,
+                        "spare_called",
+                        job.name,
+                        f"{name} takes the place of {lost}",
+                        node=name,
+                        lost=lost,
+                    )
+                    break
+
+    # Trainers.
+
+    def _rank_report(self, node: str, state: RankState, now: float) -> None:
+        job = self._job(state.job)
+        key = (state.round, state.rank)
+        new = key not in job.attachments
+        if state.life and state.life == job.life and not job.round:
+            self._recognise(job, state)
+        if job.round and job.round != state.round and 0 < state.life < job.life:
+            return  # an old life that woke up: nothing of it counts
+        job.attachments[key] = Attachment(node, state)
+        if new:
+            job.pacer.every = max(1, state.every)
+        if job.round == state.round:
+            idle = not state.free_slots and not state.step
+            if state.life < job.life or (new and idle):
+                job.untold.add(node)  # its agent may not know what the round was granted
+            if state.life == job.life:
+                job.members[state.rank] = node
+                if not job.resumed and (state.free_slots or state.step):
+                    # It trains, or has memory to capture into, and that comes after loading.
+                    job.resumed = True
+                    job.pacer.start(state.step, now)
+        if state.life == job.life and state.life:
+            job.pacer.observe(state.step, now)
+            self._try_ticket(job, now)
+        if new:
+            self._event(
+                now,
+                "rank_attached",
+                job.name,
+                f"rank {state.rank} attached on {node}",
+                node=node,
+                rank=state.rank,
+            )
+
+    def _is_answered(self, job: Job, round_: str, rejected: tuple[SnapshotId, ...]) -> bool:
+        """Whether the life that runs is the answer to this question."""
+        return bool(job.life) and job.round == round_ and job.resumed_from not in rejected
+
+    def _recognise(self, job: Job, state: RankState) -> None:
+        """A life went on while there was no coordinator; this is its round."""
+        job.round, job.world_size = state.round, state.world_size
+        pending = job.pending
+        if pending is not None and self._is_answered(job, pending.round, pending.rejected):
+            job.untold.add(pending.node)
+            job.pending = None
+        for (round_, rank), held in list(job.attachments.items()):
+            if round_ == job.round:
+                if held.state.life < job.life:
+                    job.untold.add(held.node)
+            elif 0 < held.state.life < job.life:
+                del job.attachments[round_, rank]
+
+    def _look_again(self, name: str, now: float) -> None:
+        """Something has changed for a job; perhaps its resume can be answered now."""
+        if name in self.jobs:
+            self._tell_life(self.jobs[name], now)
+            self._consider_resume(self.jobs[name], now)
+
+    def _rank_left(self, node: str, message: RankLeft, now: float) -> None:
+        job = self.jobs.get(message.job)
+        if job is None:
+            return
+        held = job.attachments.get((message.round, message.rank))
+        if held is None or held.node != node:
+            return
+        del job.attachments[(message.round, message.rank)]
+        self._event(
+            now,
+            "rank_left",
+            job.name,
+            f"rank {message.rank} on {node} left: {message.reason}",
+            node=node,
+            rank=message.rank,
+            reason=message.reason,
+        )
+        if job.pending is not None and job.pending.round == message.round and message.rank == 0:
+            job.pending = None
+        if message.round != job.round:
+            return
+        if message.reason == "detached":
+            job.left.add(message.rank)
+        if message.finished:
+            job.finished.add(message.rank)
+            if len(job.finished) == job.world_size:
+                self._forget(job, "finished", now)
+                return
+        for snapshot in list(job.snapshots.values()):
+            partial = snapshot.state in (State.TICKETED, State.CAPTURING)
+            ours = snapshot.id.life == job.life
+            if partial and ours and not self._holds_rank(snapshot.id, message.rank):
+                self._end(job, snapshot, State.DROPPED, f"rank {message.rank} left", now)
+
+    def _life_resumed(self, message: LifeResumed, now: float) -> None:
+        job = self.jobs.get(message.job)
+        if job is None:
+            return
+        if message.life != job.life:
+            return
+        job.resumed = True
+        job.pacer.start(message.step, now)
+        self._event(
+            now,
+            "life_resumed",
+            job.name,
+            f"life {message.life} trains from step {message.step}",
+            life=message.life,
+            step=message.step,
+        )
+        self._try_ticket(job, now)
+
+    # Tickets and commit.
+
+    def _try_ticket(self, job: Job, now: float) -> None:
+        """Issue a ticket when every rank of the life has a free slot."""
+        if not job.resumed or len(job.members) != job.world_size or job.finished or job.left:
+            return
+        ranks = []
+        for rank in range(job.world_size):
+            held = job.attachments.get((job.round, rank))
+            if held is None or held.state.life != job.life or not self.nodes[held.node].live:
+                return
+            ranks.append(held.state)
+        self._drop_orphans(job, min(state.seen_step for state in ranks), now)
+        ours = [snapshot for snapshot in job.snapshots.values() if snapshot.id.life == job.life]
+        open_steps = [s.id.step for s in ours if s.state in (State.TICKETED, State.CAPTURING)]
+        for state in ranks:
+            unseen = sum(step > state.seen_step for step in open_steps)
+            if state.free_slots - unseen < 1:
+                return
+        # The coordinator before this one may have issued tickets, too.
+        used = max([state.seen_step for state in ranks] + [s.id.step for s in ours])
+        id = SnapshotId(job.name, job.life, job.pacer.next_step(now, used))
+        job.snapshots[id] = Snapshot(id, job.world_size, State.TICKETED, now, now)
+        for node in sorted(self._job_nodes(job)):
+            self._send(node, TakeSnapshot(id))
+
+    def _drop_orphans(self, job: Job, seen_step: int, now: float) -> None:
+        """Give up captures that nobody will complete; all ranks have seen tickets to `seen_step`.
+
+        Their tickets are from the coordinator before this one, which may have died before all
+        ranks had them, or with the news that one had failed.
+        """
+        for snapshot in list(job.snapshots.values()):
+            if (
+                snapshot.learned
+                and snapshot.id.life == job.life
+                and snapshot.state in (State.TICKETED, State.CAPTURING)
+                and (snapshot.id.step > seen_step or now - snapshot.created > self.settings.lease_s)
+            ):
+                reason = "the coordinator that gave its ticket is gone"
+                self._end(job, snapshot, State.DROPPED, reason, now)
+
+    def _snapshot_failed(self, node: str, message: SnapshotFailed, now: float) -> None:
+        job = self.jobs.get(message.id.job)
+        if job is None:
+            return
+        snapshot = job.snapshots.get(message.id)
+        if snapshot is None or snapshot.state in ENDED:
+            return
+        if snapshot.state is State.PROTECTED:
+            return
+        if message.outcome == "skipped":
+            job.pacer.missed()
+        state = State(message.outcome)
+        if snapshot.state is State.SEALED:
+            self._give_up(job, snapshot, f"{node}: {message.reason}", now)
+        else:
+            self._end(job, snapshot, state, f"{node}: {message.reason}", now)
+
+    def _give_up(self, job: Job, snapshot: Snapshot, reason: str, now: float) -> None:
+        """A snapshot that all ranks have sealed will not be protected: is it worth its memory?
+
+        It may have been protected before, and its nodes may be needed to restore it. So it goes
+        only for a better one, or when it is certain that it cannot be restored.
+        """
+        snapshot.unprotected = reason
+        if now < self._settled_at:
+            return  # `tick` looks again: too few nodes have been heard
+        holdings = self.live_holdings(snapshot.id)
+        verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
+        nodes = choice.members_of(snapshot.manifest)
+        better = self._better(job, snapshot)
+        if better is not None:
+            # Only a life that runs needs the slots for its next snapshots.
+            if better > snapshot.id or (snapshot.id.life == job.life and self._runs(job)):
+                self._end(job, snapshot, State.DROPPED, reason, now)
+        elif verdict.restorable:
+            snapshot.reason = f"not protected: {reason}"
+            self._commit(job, snapshot, now)
+        elif all(name in self.nodes and self.nodes[name].live for name in nodes):
+            # Lost, not dropped: the job has had a snapshot, and must not start from nothing.
+            self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
+
+    def _better(self, job: Job, snapshot: Snapshot) -> SnapshotId | None:
+        """One that survives more losses, and is newer, or was to be replaced by this one."""
+        ancestors = self._chain(job, snapshot.id)
+        margin = recovery.margin(snapshot.manifest, self.live_holdings(snapshot.id))
+        for id in sorted(job.snapshots, reverse=True):
+            manifest, holdings = job.snapshots[id].manifest, self.live_holdings(id)
+            comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
+            if comparable and recovery.margin(manifest, holdings) > margin:
+                return id
+        return None
+
+    def _runs(self, job: Job) -> bool:
+        """Whether all ranks of the life are there."""
+        states = [h.state for (r, _), h in job.attachments.items() if r == job.round]
+        return sum(state.life == job.life for state in states) == job.world_size > 0
+
+    def _holds(self, node: str, holding: Holding, now: float) -> None:
+        held = self.nodes[node].holdings
+        if not holding.extents and not holding.parity:
+            held.pop(holding.id, None)
+            return
+        if holding.id.life <= self._forgotten.get(holding.id.job, 0):
+            self._send(node, Drop(holding.id, "its job was forgotten"))
+            return
+        job = self._job(holding.id.job)
+        ended = next((past for past in job.ended if past.id == holding.id), None)
+        if ended is not None and ended.state is not State.LOST:
+            self._send(node, Drop(holding.id, ended.reason or ended.state.value))
+            return
+        held[holding.id] = holding
+        snapshot = job.snapshots.get(holding.id)
+        if snapshot is None:
+            if ended is not None:
+                job.ended.remove(ended)
+            snapshot = Snapshot(
+                holding.id,
+                holding.world_size,
+                State.TICKETED,
+                now,
+                now,
+                manifest=holding.manifest,
+                learned=True,
+            )
+            job.snapshots[holding.id] = snapshot
+            job.life = max(job.life, holding.id.life)
+        if snapshot.manifest is None:
+            snapshot.manifest = holding.manifest
+        self._advance(job, snapshot, now)
+
+    def _advance(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        """Move a snapshot on as far as the reported cells allow."""
+        holdings = self.live_holdings(snapshot.id)
+        held = recovery.rank_holders(holdings)
+        if snapshot.state in (State.TICKETED, State.CAPTURING):
+            # A manifest is made only once every rank has sealed, whoever is here to tell.
+            if len(held) == snapshot.world_size or snapshot.manifest is not None:
+                snapshot.move(State.SEALED, now)
+                if snapshot.id.life == job.life:
+                    job.pacer.met()
+            elif snapshot.state is State.TICKETED:
+                snapshot.move(State.CAPTURING, now)
+        if snapshot.state is not State.SEALED:
+            return
+        if snapshot.manifest is None and self._goes_on(job, snapshot.id):
+            snapshot.manifest = self._build_manifest(job, snapshot, holdings)
+            if any(group.parity_shards for group in snapshot.manifest.groups):
+                self._order_protect(job, snapshot, now)
+        if snapshot.state is not State.SEALED or snapshot.manifest is None:
+            return
+        alone = not any(group.parity_shards for group in snapshot.manifest.groups)
+        if alone:
+            snapshot.reason = "one node: there is no group to protect it"
+            self._commit(job, snapshot, now)
+        elif recovery.is_protected(snapshot.manifest, holdings):
+            snapshot.move(State.PROTECTED, now)
+            self._commit(job, snapshot, now)
+
+    def _goes_on(self, job: Job, id: SnapshotId) -> bool:
+        return id.life == job.life or id == job.resumed_from
+
+    def _build_manifest(
+        self, job: Job, snapshot: Snapshot, holdings: dict[str, Holding]
+    ) -> JobManifest:
+        """The geometry of a snapshot that every rank has sealed: groups over the nodes it is on."""
+        extents: dict[str, list[Extent]] = {}
+        for rank, nodes in recovery.rank_holders(holdings).items():
+            size = next(e.size_bytes for e in holdings[nodes[0]].extents if e.rank == rank)
+            extents.setdefault(nodes[0], []).append(Extent(rank, size))
+        groups = []
+        for names, parity_shards in self._form_groups(extents):
+            members = tuple(
+                Member(name, tuple(sorted(extents[name], key=lambda e: e.rank))) for name in names
+            )
+            groups.append(Group(members, parity_shards))
+        return JobManifest(
+            id=snapshot.id,
+            world_size=snapshot.world_size,
+            groups=tuple(groups),
+            codec=ZfecCodec.name,
+            cell_bytes=self.settings.cell_bytes,
+            ancestors=self._chain(job, snapshot.id),
+        )
+
+    def _form_groups(self, nodes: Iterable[str]) -> Iterator[tuple[tuple[str, ...], int]]:
+        """(members, parity shards) of each group that these nodes form."""
+        wanted = self.settings.parity_shards
+        for names in form_groups(sorted(nodes), wanted, self.settings.group_nodes):
+            parity = default_parity(len(names)) if wanted is None else wanted
+            yield names, max(0, min(parity, len(names) - 1))
+
+    def _order_protect(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        """Order it if every member has its segments: it needs them all."""
+        manifest = snapshot.manifest
+        if manifest is None:
+            return
+        holdings = self.live_holdings(snapshot.id)
+        members = [member for group in manifest.groups for member in group.members]
+        lacking = [
+            member.node
+            for member in members
+            if member.node not in holdings
+            or not set(member.extents) <= set(holdings[member.node].extents)
+        ]
+        for name in lacking:
+            if name in self.nodes and self.nodes[name].live:
+                reason = f"{name} no longer holds its segments"
+                self._give_up(job, snapshot, reason, now)
+                return
+        if lacking:
+            return
+        for group in manifest.groups:
+            if not group.parity_shards:
+                continue
+            cells = {
+                member.node: self.nodes[member.node].hello.cells
+                for member in group.members
+                if member.node in self.nodes and self.nodes[member.node].live
+            }
+            for member in group.members:
+                self._send(member.node, Protect(manifest, cells))
+
+    def _commit(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        """Give permission to free what the snapshot replaces: its ancestors, and dead branches."""
+        manifest = snapshot.manifest
+        if manifest is None or any(
+            other.state is State.PROTECTED and other.id > snapshot.id
+            for other in job.snapshots.values()
+        ):
+            return
+        retire = []
+        for other in list(job.snapshots.values()):
+            if is_ancestor(other.id, snapshot.id, manifest.ancestors):
+                retire.append(other.id)
+                if other.state in (State.TICKETED, State.CAPTURING):
+                    self._end(job, other, State.DROPPED, f"{snapshot.id} is newer", now)
+                else:
+                    self._end(job, other, State.RETIRED, "", now, tell=False)
+            elif other.id.life < snapshot.id.life:
+                verdict = recovery.judge(
+                    other.manifest, other.world_size, self.live_holdings(other.id)
+                )
+                if not verdict.restorable:
+                    self._end(job, other, State.LOST, verdict.reason, now)
+                elif other.unloadable and snapshot.state is State.PROTECTED:
+                    reason = f"it could not be loaded, and {snapshot.id} is protected"
+                    self._end(job, other, State.LOST, reason, now)
+        for node in self.nodes:
+            self._send(node, Commit(snapshot.id, tuple(retire)))
+
+    def _end(
+        self, job: Job, snapshot: Snapshot, state: State, reason: str, now: float, tell: bool = True
+    ) -> None:
+        snapshot.move(state, now, reason)
+        del job.snapshots[snapshot.id]
+        job.ended.append(snapshot)
+        if state is not State.RETIRED:
+            self._event(
+                now,
+                "snapshot_" + state.value,
+                job.name,
+                f"{snapshot.id} {state.value}: {reason}",
+                life=snapshot.id.life,
+                step=snapshot.id.step,
+            )
+        if tell:
+            for node in self.nodes:
+                if node in self._job_nodes(job) or snapshot.id in self.nodes[node].holdings:
+                    self._send(node, Drop(snapshot.id, reason))
+
+    # Resume.
+
+    def _ask_resume(self, node: str, ask: AskResumeFor, now: float) -> None:
+        job = self._job(ask.job)
+        if self._is_answered(job, ask.round, ask.rejected):
+            # The same question again: the answer was on its way, or was lost.
+            job.untold.add(node)
+            self._tell_life(job, now)
+            return
+        job.pending = PendingResume(ask.round, node, ask.rejected)
+        self._consider_resume(job, now)
+
+    def _consider_resume(self, job: Job, now: float) -> None:
+        """Answer rank 0 of a pending resume, or tell it what is missing."""
+        pending = job.pending
+        if pending is None:
+            return
+        verdict = self._missing_ranks(job, pending) or choice.choose(
+            job, pending, self.nodes, self._settled_at, 3 * self.settings.beat_s, now
+        )
+        if isinstance(verdict, choice.Start):
+            self._grant(job, pending, verdict.id, verdict.reason, now)
+            return
+        if verdict.reason != pending.said or now - pending.said_at >= _REPEAT_WAITING_S:
+            pending.said, pending.said_at = verdict.reason, now
+            waits = ResumeWaits(job.name, pending.round, verdict.reason, verdict.final)
+            self._send(pending.node, waits)
+        if verdict.final:
+            job.pending = None
+
+    def _missing_ranks(self, job: Job, pending: PendingResume) -> choice.Wait | None:
+        here = {
+            rank: held.state.world_size
+            for (round_, rank), held in job.attachments.items()
+            if round_ == pending.round and self.nodes[held.node].live
+        }
+        world_size = here.get(0)
+        if world_size is None:
+            return choice.Wait("rank 0 is no longer attached to a live agent")
+        missing = [rank for rank in range(world_size) if rank not in here]
+        if not missing:
+            return None
+        ranks = recovery.name_ranks(missing)
+        return choice.Wait(f"{ranks} of {world_size} to attach to their agents")
+
+    def _grant(
+        self,
+        job: Job,
+        pending: PendingResume,
+        start: SnapshotId | None,
+        reason: str,
+        now: float,
+    ) -> None:
+        members = {
+            rank: held.node
+            for (round_, rank), held in sorted(job.attachments.items())
+            if round_ == pending.round
+        }
+        chain: tuple[Ancestor, ...] = ()
+        if start is not None:
+            chain = (*self._chain(job, start), Ancestor(start.life, start.step))
+        life = 1 + max(
+            job.life,
+            job.record.life if job.record else 0,
+            self._forgotten.get(job.name, 0),
+            *(id.life for id in job.snapshots),
+            *(held.state.life for held in job.attachments.values()),
+        )
+        for key in [k for k in job.attachments if k[0] != pending.round]:
+            del job.attachments[key]
+        for snapshot in list(job.snapshots.values()):
+            snapshot.unloadable = snapshot.unloadable or snapshot.id in pending.rejected
+            if snapshot.state in (State.TICKETED, State.CAPTURING):
+                self._end(job, snapshot, State.DROPPED, f"life {snapshot.id.life} is over", now)
+        nodes = {
+            name: self.nodes[name].hello.memory_token for name in sorted(set(members.values()))
+        }
+        job.record = JobRecord(job.name, life, nodes, chain)
+        job.life, job.round, job.members = life, pending.round, members
+        job.world_size = len(members)
+        job.resumed, job.resumed_from, job.pending = False, start, None
+        job.granted_because = reason
+        job.vacancies, job.finished, job.left, job.untold = {}, set(), set(), set()
+        # Everybody keeps the record before any rank can learn of the life.
+        for node in self.nodes:
+            self._send(node, Record(job.record))
+        grant = self._life_of(job, job.record)
+        for node in sorted(nodes):
+            self._send(node, grant)
+        self._event(
+            now,
+            "life_granted",
+            job.name,
+            f"life {life} from {start or 'nothing'}: {reason}",
+            life=life,
+            step=start.step if start else 0,
+        )
+
+    def _tell_life(self, job: Job, now: float) -> None:
+        """Repeat the grant of the life that runs to nodes that may have missed it."""
+        record = job.record
+        if not job.untold or record is None or record.life != job.life or not job.round:
+            return
+        if now < self._settled_at and choice.expected_nodes(job) - self.nodes.keys():
+            return  # where its snapshot is must be known first
+        grant = self._life_of(job, record)
+        for node in sorted(job.untold):
+            self._send(node, grant)
+        job.untold = set()
+
+    def _life_of(self, job: Job, record: JobRecord) -> Grant:
+        """The grant of the life that runs, with the places where its snapshot is now."""
+        id, source = job.resumed_from, None
+        if id in job.snapshots:
+            cells = {name: node.hello.cells for name, node in self.nodes.items() if node.live}
+            source = recovery.source(job.snapshots[id].manifest, self.live_holdings(id), cells)
+        fraction = max(
+            parity_shards / (len(names) - parity_shards)
+            for names, parity_shards in self._form_groups(record.nodes)
+        )
+        return Grant(
+            job.name, job.round, job.life, id, job.granted_because, record, source, fraction
+        )
+
+    def _chain(self, job: Job, id: SnapshotId) -> tuple[Ancestor, ...]:
+        """Ancestors of `id` in earlier lives."""
+        snapshot = job.snapshots.get(id)
+        if snapshot is not None and snapshot.manifest is not None:
+            return snapshot.manifest.ancestors
+        if job.record is None:
+            return ()
+        return tuple(past for past in job.record.ancestors if past.life < id.life)
+
+    def _forget(self, job: Job, why: str, now: float) -> None:
+        for node in self.nodes:
+            self._send(node, Forget(job.name, why))
+            for id in [id for id in self.nodes[node].holdings if id.job == job.name]:
+                del self.nodes[node].holdings[id]
+        del self.jobs[job.name]
+        if job.life:
+            self._forgotten[job.name] = job.life
+        self._event(now, "job_forgotten", job.name, f"{job.name}: {why}; its memory is given back")
+
+    # Small helpers.
+
+    @property
+    def _settled_at(self) -> float:
+        """From then on, a node that has not been heard of is lost."""
+        return self.started_at + self.settings.lease_s
+
+    def _job(self, name: str) -> Job:
+        if name not in self.jobs:
+            self.jobs[name] = Job(name, Pacer(every=1))
+        return self.jobs[name]
+
+    def _job_nodes(self, job: Job) -> set[str]:
+        return {held.node for held in job.attachments.values()}
+
+    def _holds_rank(self, id: SnapshotId, rank: int) -> bool:
+        return rank in recovery.rank_holders(self.live_holdings(id))
+
+    def _send(self, node: str, message: CoordinatorMessage) -> None:
+        known = self.nodes.get(node)
+        if known is not None and known.live:
+            self._out.append(Send(known.peer, message))
+
+    def _event(
+        self, now: float, kind: str, job: str, text: str, **fields: str | int | float
+    ) -> None:
+        event = Event(now, kind, job, text, fields)
+        self.events.append(event)
+        self.news.append(event)
+
+    def _flush(self) -> list[Send]:
+        out, self._out = self._out, []
+        return out

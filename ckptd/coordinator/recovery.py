@@ -1,0 +1,124 @@
+"""What can be restored from the cells that live nodes report. Pure functions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptd.manifest import JobManifest
+from ckptd.wire import Holding, Source
+
+Holdings = Mapping[str, Holding]  # node to what it holds of one snapshot; live nodes only
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a snapshot can be restored, from where, and why (not)."""
+
+    restorable: bool
+    tiers: tuple[str, ...]
+    reason: str
+
+
+def rank_holders(holdings: Holdings) -> dict[int, tuple[str, ...]]:
+    """Rank to the nodes that hold its whole segment."""
+    found: dict[int, list[str]] = {}
+    for node, holding in sorted(holdings.items()):
+        for extent in holding.extents:
+            found.setdefault(extent.rank, []).append(node)
+    return {rank: tuple(nodes) for rank, nodes in found.items()}
+
+
+def parity_holders(holdings: Holdings) -> tuple[str, ...]:
+    """Nodes that hold all their parity cells."""
+    return tuple(sorted(node for node, holding in holdings.items() if holding.parity))
+
+
+def judge(manifest: JobManifest | None, world_size: int, holdings: Holdings) -> Verdict:
+    """Can the snapshot be restored from `holdings`?"""
+    held = rank_holders(holdings)
+    missing = [rank for rank in range(world_size) if rank not in held]
+    if not missing:
+        protected = manifest is not None and is_protected(manifest, holdings)
+        return Verdict(True, ("memory", "group") if protected else ("memory",), "")
+    if manifest is None:
+        return Verdict(
+            False, (), f"no live node holds {name_ranks(missing)}, and there is no parity yet"
+        )
+    for index, group in enumerate(manifest.groups):
+        data = {
+            number
+            for number, member in enumerate(group.members)
+            if all(extent.rank in held for extent in member.extents)
+        }
+        parity = {
+            number
+            for number, member in enumerate(group.members)
+            if (holding := holdings.get(member.node)) is not None and holding.parity
+        }
+        if len(data) == len(group.members):
+            continue
+        if (
+            not group.parity_shards
+            or next(manifest.stripe_map(index).unrestorable(data, parity), None) is not None
+        ):
+            gone = [
+                member.node
+                for number, member in enumerate(group.members)
+                if number not in data or number not in parity
+            ]
+            return Verdict(
+                False,
+                (),
+                f"group {index} needs {group.data_shards} of {len(group.members)} nodes, and the "
+                f"cells of {', '.join(gone)} are not all there",
+            )
+    return Verdict(True, ("group",), f"{name_ranks(missing)} can be rebuilt from parity")
+
+
+def is_protected(manifest: JobManifest, holdings: Holdings) -> bool:
+    """Whether every group that has parity holds all of it, and all its data."""
+    held = rank_holders(holdings)
+    return any(group.parity_shards for group in manifest.groups) and all(
+        (member.node in holdings and holdings[member.node].parity)
+        and all(extent.rank in held for extent in member.extents)
+        for group in manifest.groups
+        if group.parity_shards
+        for member in group.members
+    )
+
+
+def margin(manifest: JobManifest | None, holdings: Holdings) -> int:
+    """How many more nodes of a group may surely be lost, whichever they are."""
+    if manifest is None:
+        return 0
+    held = rank_holders(holdings)
+    spare = [
+        sum(
+            member.node in holdings
+            and holdings[member.node].parity
+            and all(extent.rank in held for extent in member.extents)
+            for member in group.members
+        )
+        - group.data_shards
+        for group in manifest.groups
+    ]
+    return max(0, min(spare, default=0))
+
+
+def source(manifest: JobManifest | None, holdings: Holdings, cells: Mapping[str, str]) -> Source:
+    """Where an agent can fetch a snapshot from; `cells` has the cell servers of live nodes."""
+    extents = [extent for holding in holdings.values() for extent in holding.extents]
+    if manifest is not None:
+        extents += [e for group in manifest.groups for m in group.members for e in m.extents]
+    return Source(
+        manifest=manifest,
+        ranks=rank_holders(holdings),
+        sizes={extent.rank: extent.size_bytes for extent in extents},
+        parity=parity_holders(holdings),
+        cells=dict(cells),
+    )
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """Ranks in words, however many there are."""
+    some = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {some}"

@@ -1,0 +1,162 @@
+"""The coordinator's process: one ZeroMQ socket and a clock around the decider."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, time
+from typing import Any
+from urllib.parse import urlparse
+
+import structlog
+import zmq
+import zmq.asyncio
+
+from ckptd.control import server_socket, start_authenticator
+from ckptd.coordinator.decider import Coordinator, Send, Settings
+from ckptd.coordinator.view import status
+from ckptd.errors import ConfigError, ProtocolError
+from ckptd.keys import ClusterKey, check_bind
+from ckptd.wire import (
+    AgentMessage,
+    Answer,
+    AskStatus,
+    ClientMessage,
+    Decoder,
+    RemoveJob,
+    encode,
+)
+
+_BAD_MESSAGES_REMEMBERED = 1000
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """Settings of the coordinator, from the flags of `ckptd coordinator`."""
+
+    listen: str
+    """ZeroMQ address to bind, such as tcp://127.0.0.1:7070; port 0 or *: any."""
+    settings: Settings = field(default_factory=Settings)
+    key_file: Path | None = None
+    """Cluster key; needed as soon as anything leaves loopback."""
+    announce: Path | None = None
+    """File that gets the bound address, once it is bound."""
+
+
+class CoordinatorProcess:
+    """Feeds the decider and sends what it decides."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self._config = config
+        self._key = ClusterKey.read(config.key_file)
+        parts = urlparse(config.listen)
+        if parts.scheme != "tcp" or not parts.hostname:
+            raise ConfigError(
+                f"--listen {config.listen}: give an address like tcp://127.0.0.1:7070"
+            )
+        check_bind(parts.hostname, self._key, "--listen")
+        self._messages: Decoder[AgentMessage | ClientMessage] = Decoder(
+            AgentMessage | ClientMessage
+        )
+        self._bad: set[str] = set()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        context = zmq.asyncio.Context()
+        authenticator = start_authenticator(context, self._key)
+        self._socket = server_socket(context, self._key)
+        try:
+            self._socket.bind(self._config.listen)
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"cannot listen on {self._config.listen}: {error}; is another coordinator "
+                "running? Stop it, or choose another --listen"
+            ) from error
+        self._decider = Coordinator(self._config.settings, monotonic())
+        endpoint = self._socket.last_endpoint.decode().rstrip("\0")
+        if self._config.announce is not None:
+            _announce(self._config.announce, endpoint)
+        log.info("coordinator ready", listen=endpoint, encrypted=bool(self._key.secret))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        stopped = asyncio.create_task(self._stopping.wait())
+        tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_time())]
+        waiting: set[asyncio.Task[Any]] = {*tasks, stopped}
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        if authenticator is not None:
+            authenticator.stop()
+        self._socket.close()
+        context.destroy(linger=0)
+        for task in done - {stopped}:
+            task.result()
+
+    async def _receive(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            peer, frame = frames[0], frames[-1]
+            try:
+                message = self._messages.decode(frame)
+            except ProtocolError as error:
+                text = str(error)
+                if text not in self._bad and len(self._bad) < _BAD_MESSAGES_REMEMBERED:
+                    self._bad.add(text)
+                    log.warning("message dropped", error=text)
+                # An agent of another version cannot read our orders, but a CLI gets its answer.
+                await self._reply(peer, encode(Answer(b"", text)))
+                continue
+            if isinstance(message, AskStatus | RemoveJob):
+                await self._answer(peer, message)
+            else:
+                await self._send(self._decider.handle(peer, message, monotonic()))
+            self._log_events()
+
+    async def _keep_time(self) -> None:
+        while True:
+            now = monotonic()
+            await self._send(self._decider.tick(now))
+            self._log_events()
+            delay = self._decider.next_deadline(now) - monotonic()
+            await asyncio.sleep(min(max(delay, 0.01), 0.2))
+
+    async def _answer(self, peer: bytes, message: ClientMessage) -> None:
+        now = monotonic()
+        error = ""
+        if isinstance(message, RemoveJob):
+            error = self._decider.remove_job(message.job, now)
+            await self._send(self._decider.take_actions())
+        document = status(self._decider, now, time() - now)
+        await self._reply(peer, encode(Answer(json.dumps(document).encode(), error)))
+
+    async def _send(self, actions: list[Send]) -> None:
+        for action in actions:
+            await self._reply(action.peer, encode(action.message))
+
+    async def _reply(self, peer: bytes, frame: bytes) -> None:
+        with contextlib.suppress(zmq.Again, zmq.ZMQError):
+            # A peer that is gone or reads nothing says Hello when it comes back.
+            await self._socket.send_multipart([peer, frame], zmq.DONTWAIT)
+
+    def _log_events(self) -> None:
+        while self._decider.news:
+            event = self._decider.news.popleft()
+            log.info(event.kind, text=event.text, **({"job": event.job} if event.job else {}))
+
+
+def _announce(path: Path, endpoint: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(endpoint + "\n")
+    os.replace(new, path)
+
+
+def run_coordinator(config: CoordinatorConfig) -> None:
+    """Run the coordinator until it is stopped. Raises ConfigError if it cannot start."""
+    asyncio.run(CoordinatorProcess(config).run())

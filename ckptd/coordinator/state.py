@@ -1,0 +1,150 @@
+"""What the coordinator knows, and the one table of a snapshot's states."""
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+
+from ckptd.coordinator.pacer import Pacer
+from ckptd.errors import InternalError
+from ckptd.ids import SnapshotId
+from ckptd.manifest import JobManifest, JobRecord
+from ckptd.wire import Hello, Holding, RankState
+
+
+class State(enum.Enum):
+    """The life of a snapshot, in order; see the table below."""
+
+    TICKETED = "ticketed"
+    CAPTURING = "capturing"
+    SEALED = "sealed"
+    PROTECTED = "protected"
+    RETIRED = "retired"
+    SKIPPED = "skipped"
+    TORN = "torn"
+    DROPPED = "dropped"
+    LOST = "lost"
+
+
+ENDED = frozenset({State.RETIRED, State.SKIPPED, State.TORN, State.DROPPED, State.LOST})
+_FAILED = frozenset({State.SKIPPED, State.TORN, State.DROPPED, State.LOST})
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.TICKETED: _FAILED | {State.CAPTURING, State.SEALED},
+    State.CAPTURING: _FAILED | {State.SEALED},
+    State.SEALED: frozenset({State.PROTECTED, State.RETIRED, State.DROPPED, State.LOST}),
+    State.PROTECTED: frozenset({State.RETIRED, State.LOST}),
+    # A state that was given up for lost is restorable again when its nodes come back.
+    State.LOST: frozenset({State.SEALED, State.PROTECTED, State.RETIRED}),
+    State.RETIRED: frozenset(),
+    State.SKIPPED: frozenset(),
+    State.TORN: frozenset(),
+    State.DROPPED: frozenset(),
+}
+
+
+@dataclass
+class Node:
+    """One agent, as of its last message."""
+
+    hello: Hello
+    peer: bytes
+    """ZeroMQ identity of its connection."""
+    last_seen: float
+    live: bool = True
+    rival_since: float | None = None
+    """When another agent first said Hello under this node's id, with another memory."""
+    holdings: dict[SnapshotId, Holding] = field(default_factory=dict)
+    launchers: set[str] = field(default_factory=set)
+    """Jobs for which a launcher waits on this node."""
+    memory_used_bytes: int = 0
+    problems: tuple[str, ...] = ()
+
+
+@dataclass
+class Snapshot:
+    """One snapshot of a job; `manifest` is None until protection was ordered."""
+
+    id: SnapshotId
+    world_size: int
+    state: State
+    since: float
+    created: float
+    reason: str = ""
+    manifest: JobManifest | None = None
+    unloadable: bool = False
+    """Some rank could not load it, and its job went on from another."""
+    learned: bool = False
+    """It was ticketed by the coordinator before this one, and learnt of from what nodes hold."""
+    unprotected: str = ""
+    """Why it could not be protected, if it could not."""
+
+    def move(self, state: State, now: float, reason: str = "") -> None:
+        """Change state, by the table only."""
+        if state not in TRANSITIONS[self.state]:
+            raise InternalError(f"{self.id} cannot go from {self.state.value} to {state.value}")
+        self.state, self.since, self.reason = state, now, reason
+
+
+@dataclass
+class Attachment:
+    """A trainer process of a job."""
+
+    node: str
+    state: RankState
+
+
+@dataclass
+class PendingResume:
+    """Rank 0 of a round waits for an answer."""
+
+    round: str
+    node: str
+    rejected: tuple[SnapshotId, ...]
+    said: str = ""
+    """The reason for waiting that was sent last."""
+    said_at: float = float("-inf")
+
+
+@dataclass
+class Job:
+    """One training run."""
+
+    name: str
+    pacer: Pacer
+    record: JobRecord | None = None
+    life: int = 0
+    round: str = ""
+    """The round of resume calls that `life` was granted to."""
+    world_size: int = 0
+    members: dict[int, str] = field(default_factory=dict)
+    """Rank to node, for `life`."""
+    resumed: bool = False
+    """Its ranks have loaded, so that it may have tickets."""
+    resumed_from: SnapshotId | None = None
+    """What `life` was granted to begin from."""
+    granted_because: str = ""
+    attachments: dict[tuple[str, int], Attachment] = field(default_factory=dict)
+    """By (round, rank)."""
+    pending: PendingResume | None = None
+    snapshots: dict[SnapshotId, Snapshot] = field(default_factory=dict)
+    ended: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=100))
+    """Snapshots that are no more, newest last."""
+    untold: set[str] = field(default_factory=set)
+    """Nodes of `round` that may have missed the grant of `life`."""
+    vacancies: dict[str, str] = field(default_factory=dict)
+    """Lost node of the life to the spare that was called for it, or ""."""
+    finished: set[int] = field(default_factory=set)
+    """Ranks of `life` that said that the job is finished."""
+    left: set[int] = field(default_factory=set)
+    """Ranks of `life` that detached on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a person, or the demo, wants to know happened."""
+
+    at: float
+    kind: str
+    job: str
+    text: str
+    fields: dict[str, str | int | float]

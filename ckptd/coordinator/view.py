@@ -1,0 +1,194 @@
+"""What `ckptd status` shows: plain data, from the coordinator's state."""
+
+from typing import Any
+
+from ckptd.coordinator import recovery
+from ckptd.coordinator.decider import Coordinator
+from ckptd.coordinator.state import Job, Node, Snapshot, State
+from ckptd.erasure import default_parity
+
+
+def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[str, Any]:
+    """Everything, JSON-ready. Ages in seconds, times in Unix seconds, sizes in bytes."""
+    return {
+        "coordinator": {
+            "up_s": now - coordinator.started_at,
+            "cell_bytes": coordinator.settings.cell_bytes,
+            "beat_s": coordinator.settings.beat_s,
+            "lease_s": coordinator.settings.lease_s,
+        },
+        "nodes": [
+            _node(coordinator, name, node, now) for name, node in sorted(coordinator.nodes.items())
+        ],
+        "jobs": [_job(coordinator, job, now) for _, job in sorted(coordinator.jobs.items())],
+        "events": [
+            {
+                "time": event.at + wall_offset_s,
+                "kind": event.kind,
+                "job": event.job,
+                "text": event.text,
+                **event.fields,
+            }
+            for event in coordinator.events
+        ],
+    }
+
+
+def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[str, Any]:
+    silent_s = now - node.last_seen
+    reasons = list(node.problems)
+    if not node.live:
+        reasons.insert(0, f"lost: silent for {silent_s:.0f} s")
+    elif silent_s > 3 * coordinator.settings.beat_s:
+        reasons.insert(0, f"silent for {silent_s:.1f} s")
+    ranks = sorted(
+        (job.name, held.state.rank)
+        for job in coordinator.jobs.values()
+        for held in job.attachments.values()
+        if held.node == name
+    )
+    hello = node.hello
+    return {
+        "node": name,
+        "state": "live" if node.live else "lost",
+        "spare": hello.spare and not ranks,
+        "address": hello.address,
+        "cells": hello.cells,
+        "domain": hello.domain,
+        "codec": hello.codec,
+        "memory_used_bytes": node.memory_used_bytes,
+        "memory_limit_bytes": hello.memory_limit_bytes,
+        "ranks": [{"job": job, "rank": rank} for job, rank in ranks],
+        "waiting_launchers": sorted(node.launchers),
+        "seen_s_ago": silent_s,
+        "reasons": reasons,
+    }
+
+
+def _job(coordinator: Coordinator, job: Job, now: float) -> dict[str, Any]:
+    steps = [held.state.step for held in job.attachments.values() if held.state.life == job.life]
+    step = max(steps, default=0)
+    snapshots = [
+        _snapshot(coordinator, snapshot, now)
+        for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True)
+    ]
+    restorable = [s for s in snapshots if s["restorable"]]
+    protected = [s for s in restorable if s["may_lose"] > 0]
+    pending = job.pending
+    return {
+        "job": job.name,
+        "life": job.life,
+        "world_size": job.world_size,
+        "attached_ranks": len(job.attachments),
+        "step": step,
+        "training": job.resumed and bool(steps),
+        "step_s": job.pacer.step_s,
+        "resumed_from": str(job.resumed_from) if job.resumed_from else None,
+        "waiting_for": pending.said if pending else "",
+        "at_risk": {
+            "process_steps": step - restorable[0]["step"] if restorable and steps else None,
+            "process_s": restorable[0]["age_s"] if restorable else None,
+            "node_steps": step - protected[0]["step"] if protected and steps else None,
+            "node_s": protected[0]["age_s"] if protected else None,
+        },
+        "groups": _groups(coordinator, job),
+        "vacancies": dict(job.vacancies),
+        "snapshots": snapshots,
+        "ended": [
+            {
+                "id": str(past.id),
+                "life": past.id.life,
+                "step": past.id.step,
+                "state": past.state.value,
+                "reason": past.reason,
+                "age_s": now - past.created,
+            }
+            for past in reversed(job.ended)
+        ],
+    }
+
+
+def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[str, Any]:
+    holdings = coordinator.live_holdings(snapshot.id)
+    verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
+    sizes = recovery.source(snapshot.manifest, holdings, {}).sizes
+    partial = snapshot.state in (State.TICKETED, State.CAPTURING)
+    without = [
+        member.node
+        for group in (snapshot.manifest.groups if snapshot.manifest is not None else ())
+        for member in group.members
+        if group.parity_shards and (member.node not in holdings or not holdings[member.node].parity)
+    ]
+    lacks = ""
+    if snapshot.state is State.PROTECTED and without:
+        lacks = f"the parity of {', '.join(without)} is gone"
+    return {
+        "id": str(snapshot.id),
+        "life": snapshot.id.life,
+        "step": snapshot.id.step,
+        "state": snapshot.state.value,
+        "age_s": now - snapshot.created,
+        "size_bytes": sum(sizes.values()),
+        "ranks": snapshot.world_size,
+        "restorable": verdict.restorable and not partial,
+        "tiers": [] if partial else list(verdict.tiers),
+        "may_lose": 0 if partial else _may_lose(coordinator, snapshot),
+        "ranks_on": {
+            str(rank): list(nodes) for rank, nodes in recovery.rank_holders(holdings).items()
+        },
+        "parity_on": list(recovery.parity_holders(holdings)),
+        "reason": "; ".join(
+            x for x in (snapshot.reason, "" if partial else verdict.reason, lacks) if x
+        ),
+    }
+
+
+def _may_lose(coordinator: Coordinator, snapshot: Snapshot) -> int:
+    """How many more nodes, whichever they are, the snapshot certainly survives."""
+    manifest = snapshot.manifest
+    if manifest is None:
+        return 0
+    holdings = coordinator.live_holdings(snapshot.id)
+    held = recovery.rank_holders(holdings)
+    return min(
+        group.parity_shards
+        - sum(
+            member.node not in holdings
+            or not holdings[member.node].parity
+            or any(extent.rank not in held for extent in member.extents)
+            for member in group.members
+        )
+        for group in manifest.groups
+    )
+
+
+def _groups(coordinator: Coordinator, job: Job) -> list[dict[str, Any]]:
+    """The groups of the newest snapshot that has any, and how each stands."""
+    for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True):
+        if snapshot.manifest is not None:
+            break
+    else:
+        return []
+    found = []
+    for index, group in enumerate(snapshot.manifest.groups):
+        names = [member.node for member in group.members]
+        lost = [n for n in names if n not in coordinator.nodes or not coordinator.nodes[n].live]
+        reasons = []
+        if len(names) == 1:
+            reasons.append("one node: no group tier")
+        elif group.parity_shards < default_parity(len(names)):
+            reasons.append(f"only {group.parity_shards} parity shards")
+        if lost:
+            reasons.append(f"lost: {', '.join(lost)}")
+        found.append(
+            {
+                "group": index,
+                "nodes": names,
+                "data_shards": group.data_shards,
+                "parity_shards": group.parity_shards,
+                "codec": snapshot.manifest.codec,
+                "may_lose": max(0, group.parity_shards - len(lost)),
+                "reasons": reasons,
+            }
+        )
+    return found

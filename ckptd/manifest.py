@@ -1,0 +1,136 @@
+"""What a snapshot consists of: job manifests, node manifests, job records.
+
+A job manifest gives the whole geometry (who holds which ranks, in which group), so that everybody
+computes the same stripe map from it. A node manifest gives the digests of one node's cells.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+
+from ckptd.digest import cell_count
+from ckptd.erasure import StripeMap
+from ckptd.ids import Count, JobId, NodeId, SnapshotId
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """The size of one rank's segment."""
+
+    rank: Count
+    size_bytes: Count
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One node of a group and the ranks whose segments make up its image, in rank order."""
+
+    node: NodeId
+    extents: tuple[Extent, ...]
+
+    def cells(self, cell_bytes: int) -> int:
+        """Number of cells of this member's image."""
+        return sum(cell_count(extent.size_bytes, cell_bytes) for extent in self.extents)
+
+    def cell_ranks(self, cell_bytes: int) -> Iterator[tuple[int, int]]:
+        """(rank, index of the cell in that rank's segment) for each cell of the image, in order."""
+        for extent in self.extents:
+            for index in range(cell_count(extent.size_bytes, cell_bytes)):
+                yield extent.rank, index
+
+
+class Group(msgspec.Struct, frozen=True):
+    """Nodes that protect one another."""
+
+    members: tuple[Member, ...]
+    parity_shards: Count
+
+    @property
+    def data_shards(self) -> int:
+        return len(self.members) - self.parity_shards
+
+
+class Ancestor(msgspec.Struct, frozen=True, array_like=True):
+    """Snapshots of `life` up to and including `step` lie on the path to a snapshot."""
+
+    life: Count
+    step: Count
+
+
+class JobManifest(msgspec.Struct, frozen=True):
+    """Identity, geometry and ancestry of one snapshot."""
+
+    id: SnapshotId
+    world_size: Count
+    groups: tuple[Group, ...]
+    codec: str
+    cell_bytes: Annotated[int, msgspec.Meta(ge=1)]
+    ancestors: tuple[Ancestor, ...]
+
+    def stripe_map(self, group: int) -> StripeMap:
+        """The stripes of one group; every node computes the same."""
+        who = self.groups[group]
+        counts = [member.cells(self.cell_bytes) for member in who.members]
+        return StripeMap(counts, who.data_shards, who.parity_shards)
+
+    def group_of(self, rank: int) -> tuple[int, int]:
+        """(group, member) whose image holds `rank`. Raises KeyError if none does."""
+        for group_index, group in enumerate(self.groups):
+            for member_index, member in enumerate(group.members):
+                if any(extent.rank == rank for extent in member.extents):
+                    return group_index, member_index
+        raise KeyError(rank)
+
+    def place_of(self, node: str) -> tuple[int, int] | None:
+        """(group, member) of `node`, or None if it has no part in this snapshot."""
+        for group_index, group in enumerate(self.groups):
+            for member_index, member in enumerate(group.members):
+                if member.node == node:
+                    return group_index, member_index
+        return None
+
+
+class SegmentDigests(msgspec.Struct, frozen=True):
+    """One segment's size and the packed digests of its cells (see `ckptd.digest`)."""
+
+    rank: Count
+    size_bytes: Count
+    digests: bytes
+
+
+class NodeManifest(msgspec.Struct, frozen=True):
+    """One node's part of a snapshot."""
+
+    id: SnapshotId
+    node: NodeId
+    cell_bytes: Annotated[int, msgspec.Meta(ge=1)]
+    segments: tuple[SegmentDigests, ...]
+
+    def segment(self, rank: int) -> SegmentDigests:
+        """The entry of `rank`. Raises KeyError if this node has none."""
+        for segment in self.segments:
+            if segment.rank == rank:
+                return segment
+        raise KeyError(rank)
+
+
+class JobRecord(msgspec.Struct, frozen=True):
+    """What must be known of a job to decide whether it may start from nothing.
+
+    Given to every agent of the cluster when a life is granted, so that it outlives the coordinator
+    and the nodes of the job. `nodes` maps each node of the life to the token of its memory
+    directory: another token means that the node came back with nothing.
+    """
+
+    job: JobId
+    life: Count
+    nodes: dict[str, str]
+    ancestors: tuple[Ancestor, ...]
+
+
+def is_ancestor(id: SnapshotId, of: SnapshotId, ancestors: tuple[Ancestor, ...]) -> bool:
+    """Whether training went through `id` on its way to `of`."""
+    if id.job != of.job or id == of:
+        return False
+    if id.life == of.life:
+        return id.step < of.step
+    return any(id.life == past.life and id.step <= past.step for past in ancestors)

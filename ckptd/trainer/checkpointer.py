@@ -1,0 +1,317 @@
+"""The two lines that a training script needs."""
+
+import logging
+import mmap
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import torch
+
+from ckptd import errors
+from ckptd.config import trainer_config
+from ckptd.errors import CkptdError, ConfigError, CorruptData, StateMismatch
+from ckptd.ids import SnapshotId
+from ckptd.segment import parse_header
+from ckptd.trainer.agreement import Agreement
+from ckptd.trainer.capture import Capture, LayoutChanged
+from ckptd.trainer.client import AgentClient
+from ckptd.trainer.objects import load_objects
+from ckptd.trainer.state import LiveState, Stateful
+from ckptd.wire import Attach, OpenLayout, Resumed, Ticket
+
+log = logging.getLogger("ckptd")
+
+
+class _Decision(msgspec.Struct):
+    """What rank 0 tells the others at resume."""
+
+    life: int = 0
+    id: SnapshotId | None = None
+    reason: str = ""
+    error: str = ""
+    message: str = ""
+
+
+class Checkpointer:
+    """Snapshots of one rank's training state, and the way back from them.
+
+    ::
+
+        ckpt = ckptd.Checkpointer(model=model, optimizer=optimizer, extra={"data": loader})
+        start = ckpt.resume()
+        for step in range(start, steps):
+            ...
+            optimizer.step()
+            ckpt.step(step + 1)
+        ckpt.close(finished=True)
+
+    Create it after `torch.distributed` is initialised, with the model in the form in which it is
+    trained. It captures the model's parameters and persistent buffers, the optimizer's state and
+    hyperparameters, the objects in `extra`, and the random number states of Python, NumPy and
+    torch.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
+        extra: Mapping[str, Stateful] | None = None,
+        every: int = 1,
+        job: str | None = None,
+        agent: str | None = None,
+        slots: int = 2,
+        resume_timeout_s: float = 600.0,
+    ) -> None:
+        """Connects to nothing yet.
+
+        `optimizer`: one, or several by name. `extra`: objects with `state_dict()` and
+        `load_state_dict()`, such as schedulers and data loaders. `every`: at least so many steps
+        between snapshots. `job`: the job's id, the same after every restart (or `CKPTD_JOB`).
+        `agent`: the Unix socket of this node's agent (or `CKPTD_AGENT`). `slots`: places for
+        segments; a third one lets capture and protection overlap, for one more copy of the state
+        in memory. `resume_timeout_s`: how long `resume()` waits for the cluster before it raises.
+
+        Raises ConfigError for a job id or an agent that is missing or unusable, and
+        UnsavableState for an `extra` object without the two methods.
+        """
+        if every < 1:
+            raise ConfigError(f"every={every}: snapshots at least 1 step apart")
+        if slots < 2:
+            raise ConfigError(
+                f"slots={slots}: one holds the snapshot, one takes the next: 2 or more"
+            )
+        self._config = trainer_config(job, agent)
+        self._optimizers = (
+            dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+        )
+        self._state = LiveState(model, self._optimizers, extra or {})
+        self._every, self._slots, self._resume_timeout_s = every, slots, resume_timeout_s
+        self._client = AgentClient(self._config.agent)
+        self._agreement: Agreement | None = None
+        self._capture: Capture | None = None
+        self._life = 0
+        self._step = 0
+        self._layout_due = True
+        self._stepped = False
+        self._closed = False
+        for each in self._optimizers.values():
+            each.register_step_pre_hook(self._before_optimizer_step)
+
+    @property
+    def life(self) -> int:
+        """Number of this run between two resumes, from 1; 0 before `resume()`."""
+        return self._life
+
+    @property
+    def job(self) -> str:
+        """The job's id."""
+        return self._config.job
+
+    def resume(self) -> int:
+        """Load the newest snapshot that can be restored; returns the step to continue from.
+
+        Every rank must call it, once. Returns 0 only when this job certainly has no snapshot;
+        otherwise it waits, says for what, and after `resume_timeout_s` raises ResumeImpossible
+        or AgentUnreachable. Raises StateMismatch, naming the first tensors that differ, when the
+        snapshot does not fit the script.
+        """
+        if self._agreement is not None:
+            raise ConfigError("resume() was already called; it begins the life of a Checkpointer")
+        agree = self._agreement = Agreement()
+        deadline = monotonic() + self._resume_timeout_s
+        self._attach(agree, deadline)
+        rejected: tuple[SnapshotId, ...] = ()
+        while True:
+            decision = self._decide(agree, rejected, deadline)
+            self._life = decision.life
+            self._client.set_life(decision.life)
+            if decision.id is None:
+                step = 0
+                break
+            failures = [raw.decode() for raw in agree.gather(self._try(decision, deadline))]
+            if not any(failures):
+                step = decision.id.step
+                break
+            self._raise_mismatch(failures)
+            rejected = (*rejected, decision.id)
+            first = next(text for text in failures if text)
+            log.warning("ckptd: %s could not be loaded (%s); trying another", decision.id, first)
+        self._step = step
+        self._capture = Capture(
+            self._state,
+            agree.rank,
+            agree.world_size,
+            self._client.sealed,
+            lambda id, reason: self._client.failed(id, "dropped", reason),
+        )
+        if agree.rank == 0:
+            self._client.tell(Resumed(self._life, step))
+            where = f"from the snapshot of step {step}" if step else "from the beginning"
+            log.warning(
+                "ckptd: job %s, life %d, trains %s: %s",
+                self.job,
+                self._life,
+                where,
+                decision.reason,
+            )
+        return step
+
+    def step(self, step: int) -> None:
+        """Tell ckptd that `step` steps are done; captures the state if this step has a ticket.
+
+        Call it after `optimizer.step()`. It does not wait for the copy. The first call lays out
+        the memory, which takes a moment, and raises UnsavableState or MemoryTooSmall if that
+        cannot be done; later ones never raise: what fails costs a snapshot, not the training.
+        """
+        capture = self._capture
+        if capture is None:
+            raise ConfigError("call resume() before step()")
+        self._step = step
+        if self._layout_due and self._client.connected:
+            self._open_layout(capture, step)
+        ticket = self._client.progress(step)
+        if ticket is not None:
+            self._take(capture, ticket, step)
+
+    def gate(self) -> None:
+        """Wait until nothing is being copied: call it before writing to captured tensors.
+
+        Optimizers call it by themselves; anything else that writes to parameters or optimizer
+        state between two steps (an average of the weights, a manual edit) must.
+        """
+        if self._capture is not None:
+            self._capture.gate()
+
+    def close(self, finished: bool = False) -> None:
+        """Wait for the capture that is under way, and leave.
+
+        `finished`: the job is done; when all ranks have said so its memory is given back.
+        Otherwise the newest snapshot stays for the next `resume()`.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._capture is not None:
+            self._capture.wait_sealed()
+        self._client.detach(finished, timeout_s=10.0)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Resuming.
+
+    def _attach(self, agree: Agreement, deadline: float) -> None:
+        round_ = agree.broadcast(secrets.token_hex(8).encode()).decode()
+        request = Attach(self.job, round_, agree.rank, agree.world_size, self._every, self._slots)
+        failure: CkptdError | None = None
+        try:
+            self._client.attach(request, deadline)
+        except CkptdError as error:
+            failure = error
+        # All find out together, so that none is left waiting in a collective.
+        texts = [raw.decode() for raw in agree.gather(str(failure or "").encode())]
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(texts):
+            if text:
+                raise errors.AgentUnreachable(f"rank {rank} cannot take part: {text}")
+
+    def _decide(
+        self, agree: Agreement, rejected: tuple[SnapshotId, ...], deadline: float
+    ) -> _Decision:
+        decision = _Decision()
+        if agree.rank == 0:
+            try:
+                granted = self._client.ask_resume(rejected, deadline)
+                decision = _Decision(granted.life, granted.id, granted.reason[:500])
+            except CkptdError as error:
+                decision = _Decision(error=type(error).__name__, message=str(error)[:2000])
+        raw = agree.broadcast(msgspec.msgpack.encode(decision))
+        decision = msgspec.msgpack.decode(raw, type=_Decision)
+        if decision.error:
+            raise getattr(errors, decision.error, CkptdError)(decision.message)
+        return decision
+
+    def _try(self, decision: _Decision, deadline: float) -> bytes:
+        """Load the granted snapshot; returns b"" or the reason why it could not be loaded."""
+        if decision.id is None:
+            return b""
+        rank = self._agreement.rank if self._agreement is not None else 0
+        try:
+            path = self._client.restore(decision.life, decision.id, rank, deadline)
+            self._load(Path(path), decision.id, rank)
+        except Exception as error:  # the other ranks must hear of it, whatever it is
+            return f"{type(error).__name__}: rank {rank}: {error}"[:1000].encode()
+        return b""
+
+    def _raise_mismatch(self, failures: list[str]) -> None:
+        """Another snapshot would not fit the script either, nor make memory larger."""
+        for kind in (StateMismatch, errors.MemoryTooSmall):
+            prefix = kind.__name__ + ": "
+            for text in failures:
+                if text.startswith(prefix):
+                    raise kind(text.removeprefix(prefix))
+
+    def _load(self, path: Path, id: SnapshotId, rank: int) -> None:
+        what = f"rank {rank}'s segment of {id}"
+        with path.open("rb") as file:
+            # A private map: torch wants writable memory, and nothing must change the segment.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        segment = memoryview(mapped)
+        header = parse_header(segment, what)
+        if (header.id, header.rank) != (id, rank):
+            raise CorruptData(f"{path} holds rank {header.rank} of {header.id}, not {what}")
+        world_size = self._agreement.world_size if self._agreement is not None else 1
+        if header.world_size != world_size:
+            raise StateMismatch(
+                f"{id} was taken by {header.world_size} ranks, and {world_size} are running; "
+                "start as many"
+            )
+        end = header.objects_begin + header.objects_bytes
+        objects: dict[str, Any] = load_objects(bytes(segment[header.objects_begin : end]))
+        self._state.check_fits(header, objects, str(id))
+        self._state.load(header, segment, objects)
+
+    # Capturing.
+
+    def _open_layout(self, capture: Capture, step: int) -> None:
+        self._layout_due = False
+        first, self._stepped = not self._stepped, True
+        try:
+            layout = capture.plan(step)
+            self._client.open_layout(OpenLayout(self._life, layout.size_bytes), monotonic() + 60.0)
+        except errors.AgentUnreachable as error:
+            # When it comes back, the client tells it the layout.
+            log.warning("ckptd: no snapshots for now: %s", error)
+        except Exception as error:
+            if first:
+                raise
+            log.warning("ckptd: no snapshots for now: %s", error)
+
+    def _take(self, capture: Capture, ticket: Ticket, step: int) -> None:
+        try:
+            capture.begin(ticket.id, ticket.path, self._client.cell_bytes)
+        except LayoutChanged as error:
+            log.warning("ckptd: %s; laying out anew", error)
+            self._client.failed(ticket.id, "dropped", str(error))
+            self._layout_due = True
+        except Exception as error:  # whatever it is, it costs a snapshot, not the training
+            log.warning("ckptd: the capture of %s failed: %s", ticket.id, error)
+            self._client.failed(ticket.id, "dropped", str(error))
+
+    def _before_optimizer_step(self, *_: object) -> None:
+        self.gate()

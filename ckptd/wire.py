@@ -1,0 +1,569 @@
+"""Every message that crosses a process boundary, and the one way to encode and decode them.
+
+A frame is `b"ck"`, one byte of protocol version, then msgpack. The version is looked at before
+anything else, so that a peer of another version is told so instead of failing on a field.
+"""
+
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+
+from ckptd.errors import ProtocolError
+from ckptd.ids import Count, JobId, NodeId, SnapshotId
+from ckptd.manifest import Extent, JobManifest, JobRecord
+
+PROTOCOL_VERSION = 1
+FRAME_LIMIT_BYTES = 64 << 20
+TRAINER_FRAME_LIMIT_BYTES = 64 << 10  # one SEQPACKET datagram
+
+_MAGIC = b"ck"
+
+Outcome = Literal["skipped", "torn", "dropped"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the tag is the class's name."""
+
+
+# Trainer to agent, over the Unix socket. One process, one connection, one rank.
+
+
+class Attach(Message, frozen=True):
+    """First message of a trainer. `life` is 0 before `resume()`, and set when it reconnects."""
+
+    job: JobId
+    round: str
+    rank: Count
+    world_size: Count
+    every: int
+    slots: int
+    life: Count = 0
+
+
+class AskResume(Message, frozen=True):
+    """Rank 0 asks for a new life and a snapshot; `rejected` could not be loaded by every rank."""
+
+    rejected: tuple[SnapshotId, ...] = ()
+
+
+class Restore(Message, frozen=True):
+    """Bring this rank's segment of `id` to this node and say where it is."""
+
+    life: Count
+    id: SnapshotId
+    rank: Count
+
+
+class Resumed(Message, frozen=True):
+    """All ranks have loaded (sent by rank 0), or training begins from nothing at `step` 0."""
+
+    life: Count
+    step: Count
+
+
+class OpenLayout(Message, frozen=True):
+    """Ask for slots of `size_bytes` for segments of this layout."""
+
+    life: Count
+    size_bytes: Count
+
+
+class Progress(Message, frozen=True):
+    """The trainer has finished `step`."""
+
+    step: Count
+
+
+class Sealed(Message, frozen=True):
+    """The segment for `id` is complete in the slot that the ticket named."""
+
+    id: SnapshotId
+
+
+class CaptureFailed(Message, frozen=True):
+    """The ticket for `id` cannot be honoured."""
+
+    id: SnapshotId
+    outcome: Outcome
+    reason: str
+
+
+class Detach(Message, frozen=True):
+    """The trainer leaves on purpose; `finished` gives the job's memory back."""
+
+    finished: bool
+
+
+TrainerMessage = (
+    Attach | AskResume | Restore | Resumed | OpenLayout | Progress | Sealed | CaptureFailed | Detach
+)
+
+
+# Agent to trainer.
+
+
+class Attached(Message, frozen=True):
+    """Answer to Attach."""
+
+    node: NodeId
+    cell_bytes: int
+
+
+class Rejected(Message, frozen=True):
+    """Answer to any request that is wrong; the text says why, and the way out.
+
+    `kind` is the name of the error class of `ckptd.errors` to raise.
+    """
+
+    kind: str
+    reason: str
+
+
+class Granted(Message, frozen=True):
+    """Answer to AskResume: a new life, and the snapshot to load (None: start from nothing)."""
+
+    life: Count
+    id: SnapshotId | None
+    reason: str
+
+
+class Waiting(Message, frozen=True):
+    """AskResume cannot be answered yet; says what it waits for."""
+
+    reason: str
+
+
+class Restored(Message, frozen=True):
+    """Answer to Restore: the segment lies, verified, at `path`."""
+
+    id: SnapshotId
+    path: str
+
+
+class LayoutOpened(Message, frozen=True):
+    """Answer to OpenLayout: the memory is there."""
+
+    size_bytes: Count
+
+
+class Ticket(Message, frozen=True):
+    """Capture `id.step` into the slot file at `path`."""
+
+    id: SnapshotId
+    path: str
+
+
+class Revoked(Message, frozen=True):
+    """The ticket for `id` is void."""
+
+    id: SnapshotId
+
+
+class Detached(Message, frozen=True):
+    """Answer to Detach; the connection may be closed."""
+
+
+AgentToTrainer = (
+    Attached | Rejected | Granted | Waiting | Restored | LayoutOpened | Ticket | Revoked | Detached
+)
+
+
+# Agent to coordinator. Reports are absolute statements, so that repeating one changes nothing.
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """What a node holds of one snapshot: whole sealed segments, and all its parity or none.
+
+    Nothing at all: `extents` empty and no parity.
+    """
+
+    id: SnapshotId
+    world_size: Count
+    extents: tuple[Extent, ...] = ()
+    parity: bool = False
+    manifest: JobManifest | None = None
+
+
+class RankState(msgspec.Struct, frozen=True):
+    """One attached trainer as its agent sees it.
+
+    `free_slots` counts slots that no ticket up to `seen_step` has taken.
+    """
+
+    job: JobId
+    round: str
+    life: Count
+    rank: Count
+    world_size: Count
+    every: int
+    free_slots: Count
+    seen_step: Count
+    step: Count
+
+
+class Hello(Message, frozen=True):
+    """Who an agent is and all that it holds. Sent on start and whenever the coordinator asks."""
+
+    node: NodeId
+    incarnation: str
+    memory_token: str
+    address: str
+    cells: str
+    domain: str
+    spare: bool
+    codec: str
+    memory_limit_bytes: int
+    memory_used_bytes: int
+    holdings: tuple[Holding, ...]
+    ranks: tuple[RankState, ...]
+    records: tuple[JobRecord, ...]
+    launchers: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+class Beat(Message, frozen=True):
+    """The agent is alive."""
+
+    node: NodeId
+    incarnation: str
+    memory_used_bytes: int
+    problems: tuple[str, ...]
+
+
+class Holds(Message, frozen=True):
+    """A node's holding of one snapshot has changed."""
+
+    holding: Holding
+
+
+class RankReport(Message, frozen=True):
+    """A rank has attached, or its free slots or its step have changed."""
+
+    state: RankState
+
+
+class RankLeft(Message, frozen=True):
+    """A trainer process has ended or detached."""
+
+    job: JobId
+    round: str
+    life: Count
+    rank: Count
+    reason: str
+    finished: bool
+
+
+class AskResumeFor(Message, frozen=True):
+    """AskResume of rank 0, passed on."""
+
+    job: JobId
+    round: str
+    rejected: tuple[SnapshotId, ...]
+
+
+class SegmentReady(Message, frozen=True):
+    """The segment of `rank` is on `node`, verified; `rebuilt_cells` were decoded from parity."""
+
+    job: JobId
+    life: Count
+    rank: Count
+    id: SnapshotId
+    fetched_cells: int
+    rebuilt_cells: int
+
+
+class LifeResumed(Message, frozen=True):
+    """Rank 0 of `life` says that all ranks have loaded."""
+
+    job: JobId
+    life: Count
+    step: Count
+
+
+class SnapshotFailed(Message, frozen=True):
+    """A capture, or the protection, of `id` failed on this node."""
+
+    id: SnapshotId
+    outcome: Outcome
+    reason: str
+
+
+class LauncherWaiting(Message, frozen=True):
+    """A `ckptd run --spare` on this node waits to join `job`; `waiting` False: no more."""
+
+    job: JobId
+    waiting: bool
+
+
+AgentMessage = (
+    Hello
+    | Beat
+    | Holds
+    | RankReport
+    | RankLeft
+    | AskResumeFor
+    | SegmentReady
+    | LifeResumed
+    | SnapshotFailed
+    | LauncherWaiting
+)
+
+
+# Coordinator to agent. Orders are idempotent.
+
+
+class Welcome(Message, frozen=True):
+    """The agent belongs to the cluster."""
+
+    beat_s: float
+    cell_bytes: int
+
+
+class WhoAreYou(Message, frozen=True):
+    """The coordinator does not know this agent (any more): say Hello again."""
+
+
+class Dismiss(Message, frozen=True):
+    """The coordinator will not have this agent; it says why and what to do."""
+
+    reason: str
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where parts of a snapshot can be had now.
+
+    `ranks`: nodes that hold a rank's whole segment. `sizes`: each segment's size in bytes.
+    `parity`: nodes that hold their parity cells.
+    `cells`: node to the address (`host:port`) of its agent's cell server. `manifest` is None for a
+    snapshot that was only sealed: then there is no parity.
+    """
+
+    manifest: JobManifest | None
+    ranks: dict[int, tuple[str, ...]]
+    sizes: dict[int, int]
+    parity: tuple[str, ...]
+    cells: dict[str, str]
+
+
+class Grant(Message, frozen=True):
+    """A new life of a job. Sent to every agent that has ranks of it."""
+
+    job: JobId
+    round: str
+    life: Count
+    id: SnapshotId | None
+    reason: str
+    record: JobRecord
+    source: Source | None
+    parity_fraction: float
+
+
+class ResumeWaits(Message, frozen=True):
+    """The resume of `job` cannot be answered yet; `final`: nor by waiting."""
+
+    job: JobId
+    round: str
+    reason: str
+    final: bool = False
+
+
+class Record(Message, frozen=True):
+    """Keep this record of a job."""
+
+    record: JobRecord
+
+
+class TakeSnapshot(Message, frozen=True):
+    """The ticket: all ranks of the life capture `id`."""
+
+    id: SnapshotId
+
+
+class Protect(Message, frozen=True):
+    """Every rank has sealed: encode. `cells` gives each node's cell server."""
+
+    manifest: JobManifest
+    cells: dict[str, str]
+
+
+class Commit(Message, frozen=True):
+    """`id` is protected: permission to free `retire`."""
+
+    id: SnapshotId
+    retire: tuple[SnapshotId, ...]
+
+
+class Drop(Message, frozen=True):
+    """`id` will never be restored: free it."""
+
+    id: SnapshotId
+    reason: str
+
+
+class Forget(Message, frozen=True):
+    """The job is finished or was removed: free all that is held for it."""
+
+    job: JobId
+    reason: str
+
+
+class Activate(Message, frozen=True):
+    """A node of `job` is lost: the launcher that waits on this spare may start."""
+
+    job: JobId
+
+
+CoordinatorMessage = (
+    Welcome
+    | WhoAreYou
+    | Dismiss
+    | Grant
+    | ResumeWaits
+    | Record
+    | TakeSnapshot
+    | Protect
+    | Commit
+    | Drop
+    | Forget
+    | Activate
+)
+
+
+# CLI to coordinator, and CLI to agent (a launcher that waits).
+
+
+class AskStatus(Message, frozen=True):
+    """Ask for everything the coordinator knows, as one JSON document."""
+
+
+class RemoveJob(Message, frozen=True):
+    """Forget a job and free its memory on every node."""
+
+    job: JobId
+
+
+class Answer(Message, frozen=True):
+    """The coordinator's answer to the CLI: a JSON document, or an error text."""
+
+    body: bytes
+    error: str = ""
+
+
+ClientMessage = AskStatus | RemoveJob
+
+
+class WaitForWork(Message, frozen=True):
+    """`ckptd run --spare` waits on this node for `job`; answered by Work."""
+
+    job: JobId
+
+
+class WhereAmI(Message, frozen=True):
+    """Ask an agent for its node's address."""
+
+
+class Here(Message, frozen=True):
+    """Answer to WhereAmI."""
+
+    node: NodeId
+    address: str
+
+
+class Work(Message, frozen=True):
+    """The launcher may start."""
+
+    job: JobId
+
+
+LauncherMessage = WaitForWork | WhereAmI
+AgentToLauncher = Here | Work | Rejected
+
+
+# Agent to agent, over TCP, for cells.
+
+
+class GetCell(Message, frozen=True):
+    """Cell `cell` of the segment of `rank`."""
+
+    id: SnapshotId
+    rank: Count
+    cell: Count
+
+
+class GetParity(Message, frozen=True):
+    """A parity cell at rest: row `row` of stripe `stripe`, from the member that keeps it."""
+
+    id: SnapshotId
+    group: Count
+    stripe: Count
+    row: Count
+
+
+class GetEncoded(Message, frozen=True):
+    """A parity row from the stripe's encoder, while the snapshot is being protected."""
+
+    id: SnapshotId
+    group: Count
+    stripe: Count
+    row: Count
+
+
+class GetManifest(Message, frozen=True):
+    """The node manifest of `node` for `id`."""
+
+    id: SnapshotId
+    node: NodeId
+
+
+PeerRequest = GetCell | GetParity | GetEncoded | GetManifest
+
+
+class Payload(Message, frozen=True):
+    """Success: `length_bytes` raw bytes follow, whose xxh3-64 is `digest`."""
+
+    length_bytes: Count
+    digest: int
+
+
+class NotHere(Message, frozen=True):
+    """The peer does not have it (any more)."""
+
+    reason: str
+
+
+PeerReply = Payload | NotHere
+
+
+_Union = TypeVar("_Union")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """One frame."""
+    return _MAGIC + bytes((PROTOCOL_VERSION,)) + _encoder.encode(message)
+
+
+class Decoder(Generic[_Union]):
+    """Decodes frames that must be one of a union of messages."""
+
+    def __init__(self, union: Any, limit_bytes: int = FRAME_LIMIT_BYTES) -> None:
+        self._decoder: msgspec.msgpack.Decoder[_Union] = msgspec.msgpack.Decoder(union)
+        self._limit_bytes = limit_bytes
+
+    def decode(self, frame: bytes) -> _Union:
+        """Raises ProtocolError, which says whether it is the version or the content."""
+        if len(frame) > self._limit_bytes:
+            raise ProtocolError(
+                f"a message of {len(frame)} bytes is over the limit of {self._limit_bytes}"
+            )
+        if frame[:2] != _MAGIC or len(frame) < 3:
+            raise ProtocolError(f"not a ckptd message (begins with {frame[:8]!r})")
+        if frame[2] != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the peer speaks protocol version {frame[2]}, this ckptd speaks "
+                f"{PROTOCOL_VERSION}; install the same ckptd version on every node"
+            )
+        try:
+            return self._decoder.decode(frame[3:])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"malformed message: {error}") from error

@@ -1,0 +1,1 @@
+"""The `ckptd` command: one file per verb; prints, decides nothing."""

@@ -1,0 +1,5 @@
+"""`python -m ckptd.cli`."""
+
+from ckptd.cli.main import main
+
+main()

@@ -1,0 +1,88 @@
+"""`ckptd coordinator`."""
+
+from pathlib import Path
+
+import click
+
+from ckptd.cli import options
+from ckptd.coordinator.decider import Settings
+from ckptd.coordinator.shell import CoordinatorConfig, run_coordinator
+from ckptd.logs import set_up_logs
+
+
+@click.command(cls=options.Command)
+@click.option(
+    "--listen",
+    default="tcp://127.0.0.1:7070",
+    show_default=True,
+    help="Address for agents and the CLI. Wider than loopback needs --key-file.",
+)
+@click.option(
+    "--parity-shards",
+    type=click.IntRange(0, 32),
+    help="Nodes of each group that may be lost at once. Default: 2 from four nodes on, else 1.",
+)
+@click.option(
+    "--group-nodes",
+    type=click.IntRange(2, 128),
+    default=8,
+    show_default=True,
+    help="Largest number of nodes that protect one another.",
+)
+@click.option(
+    "--cell-size",
+    type=options.Size(),
+    default="4MiB",
+    show_default=True,
+    help="Unit of coding, transfer and repair.",
+)
+@click.option(
+    "--beat",
+    type=click.FloatRange(0.05, 60),
+    default=0.5,
+    show_default=True,
+    help="Seconds between an agent's signs of life.",
+)
+@click.option(
+    "--lease",
+    type=click.FloatRange(0.2, 600),
+    default=4.0,
+    show_default=True,
+    help="A node that is silent for so many seconds is lost.",
+)
+@click.option(
+    "--announce",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the bound address to this file, for scripts that listen on port 0 (tcp://…:*).",
+)
+@options.key_file
+@options.log_options
+def command(
+    listen: str,
+    parity_shards: int | None,
+    group_nodes: int,
+    cell_size: int,
+    beat: float,
+    lease: float,
+    announce: Path | None,
+    key_file: Path | None,
+    log_level: str,
+    log_json: bool,
+) -> None:
+    """Run the cluster's one coordinator.
+
+    It keeps the list of nodes, forms groups, issues tickets for snapshots, runs the commit, and
+    grants lives at resume. It never carries a byte of training state, and all that it knows it can
+    learn again from the agents: its death stops no training.
+    """
+    if lease < 3 * beat:
+        raise click.UsageError(f"--lease {lease} must be at least three times --beat {beat}")
+    if cell_size < 4096:
+        raise click.UsageError(f"--cell-size {cell_size}: at least 4096 bytes")
+    if parity_shards is not None and parity_shards >= group_nodes:
+        raise click.UsageError(
+            f"--parity-shards {parity_shards} must be fewer than --group-nodes {group_nodes}"
+        )
+    set_up_logs(log_level, log_json)
+    settings = Settings(cell_size, parity_shards, group_nodes, beat, lease)
+    run_coordinator(CoordinatorConfig(listen, settings, key_file, announce))

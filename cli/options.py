@@ -1,0 +1,80 @@
+"""Flags that several verbs share, and how errors become exit codes."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptd.config import ENV_AGENT, ENV_COORDINATOR
+from ckptd.errors import CkptdError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as in 512MiB, 4G or 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size; write it like 512MiB, 4GiB or 1000000", param, ctx)
+        number, unit, _ = match.groups()
+        return int(float(number) * 1024 ** _POWERS[unit.upper()])
+
+
+class Command(click.Command):
+    """A verb whose CkptdErrors become one clear line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CkptdError as error:
+            click.echo(f"ckptd {ctx.info_name}: {error}", err=True)
+            sys.exit(1)
+
+
+coordinator = click.option(
+    "--coordinator",
+    envvar=ENV_COORDINATOR,
+    default="tcp://127.0.0.1:7070",
+    show_default=True,
+    show_envvar=True,
+    help="Address of the coordinator.",
+)
+key_file = click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    envvar="CKPTD_KEY_FILE",
+    show_envvar=True,
+    help="Cluster key made by `ckptd keygen`; needed as soon as anything leaves loopback.",
+)
+socket = click.option(
+    "--agent",
+    "agent",
+    envvar=ENV_AGENT,
+    show_envvar=True,
+    help="Unix socket of this node's agent.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a pipe.")
+
+
+def log_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--log-level and --log-json."""
+    command = click.option(
+        "--log-json", is_flag=True, help="Log JSON lines instead of readable ones."
+    )(command)
+    return click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="info",
+        show_default=True,
+        help="What to log, on standard error.",
+    )(command)

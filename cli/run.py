@@ -1,0 +1,96 @@
+"""`ckptd run`."""
+
+import socket as sockets
+
+import click
+
+from ckptd.cli import options
+from ckptd.config import ENV_JOB, ENV_RENDEZVOUS
+from ckptd.errors import AgentUnreachable, ConfigError
+from ckptd.ids import check_job_id
+from ckptd.wire import AgentToLauncher, Decoder, Here, Message, WaitForWork, WhereAmI, Work, encode
+
+
+@click.command(
+    cls=options.Command,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option(
+    "--job",
+    envvar=ENV_JOB,
+    show_envvar=True,
+    required=True,
+    help="The job's name; the same whenever it is started again.",
+)
+@options.socket
+@click.option(
+    "--rendezvous",
+    envvar=ENV_RENDEZVOUS,
+    show_envvar=True,
+    help="HOST:PORT of `ckptd rendezvous`. Without it, rendezvous is as torchrun's arguments say.",
+)
+@click.option(
+    "--spare",
+    is_flag=True,
+    help="Wait, with everything loaded, until the coordinator calls this node to replace one.",
+)
+@click.argument("torchrun", nargs=-1, type=click.UNPROCESSED, required=True)
+def command(
+    job: str, agent: str | None, rendezvous: str | None, spare: bool, torchrun: tuple[str, ...]
+) -> None:
+    """Start PyTorch's own elastic launcher with what makes restarts work.
+
+    Everything after `--` goes to torchrun as it is:
+
+    \b
+        ckptd run --job lm-7b -- --nnodes=4 --nproc-per-node=8 train.py
+
+    It adds what is missing: restarts that work with gloo, up to 100 of them (--max-restarts), a
+    rendezvous that gives up a dead node in seconds, this node's address, and the job's name for
+    the trainers.
+    """
+    check_job_id(job)
+    from ckptd.trainer.launch import complete_arguments, launch, prepare_environment
+
+    address = None
+    if agent:
+        with _connect(agent) as conn:
+            here = _ask(conn, WhereAmI())
+            address = here.address if isinstance(here, Here) else None
+            if spare:
+                click.echo(f"ckptd run: spare for {job!r}, waiting to be called", err=True)
+                conn.settimeout(None)
+                if not isinstance(_ask(conn, WaitForWork(job)), Work):
+                    raise AgentUnreachable(f"the agent at {agent} did not call this spare")
+                click.echo(f"ckptd run: called for {job!r}", err=True)
+    else:
+        raise ConfigError(
+            "no agent is given; start one on this node with `ckptd agent --socket PATH ...`, then "
+            "pass --agent PATH or set CKPTD_AGENT"
+        )
+    prepare_environment(job, agent)
+    launch(complete_arguments(torchrun, job, rendezvous, address))
+
+
+def _connect(path: str) -> sockets.socket:
+    conn = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+    conn.settimeout(10.0)
+    try:
+        conn.connect(path)
+    except OSError as error:
+        conn.close()
+        raise AgentUnreachable(
+            f"no agent answers at {path}: {error}; start one with `ckptd agent --socket {path}`"
+        ) from error
+    return conn
+
+
+def _ask(conn: sockets.socket, question: Message) -> AgentToLauncher:
+    try:
+        conn.send(encode(question))
+        frame = conn.recv(1 << 16)
+    except OSError as error:
+        raise AgentUnreachable(f"the agent does not answer: {error}") from error
+    if not frame:
+        raise AgentUnreachable("the agent has gone away; start it again, and then this launcher")
+    return Decoder[AgentToLauncher](AgentToLauncher).decode(frame)

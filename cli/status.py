@@ -1,0 +1,232 @@
+"""`ckptd status`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import click
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.text import Text
+
+from ckptd.cli import options, show
+from ckptd.client import ask_status
+from ckptd.errors import CkptdError
+from ckptd.keys import ClusterKey
+
+_WATCH_S = 1.0
+_FAILED_SHOWN = 3
+_MEMORY_WARN, _MEMORY_BAD = 0.85, 0.95
+
+
+@click.command(cls=options.Command)
+@click.argument("job", required=False)
+@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
+@options.coordinator
+@options.key_file
+@options.as_json
+def command(
+    job: str | None, watch: bool, coordinator: str, key_file: Path | None, as_json: bool
+) -> None:
+    """Show nodes, groups, jobs and snapshots, and the reason for what is not well.
+
+    With JOB, of jobs only this one.
+    """
+    key = ClusterKey.read(key_file)
+    console = show.console()
+    if watch and (as_json or not console.is_terminal):
+        raise click.UsageError("--watch is for a terminal; for a pipe, repeat `status --json`")
+    document = ask_status(coordinator, key)
+    chosen = show.choose_jobs(document, job)
+    if as_json:
+        click.echo(json.dumps({**document, "jobs": chosen}, indent=2))
+        return
+    page = render(document, coordinator, job)
+    if watch:
+        page = _watch(page, coordinator, key, job)
+    console.print(page)
+
+
+def _watch(
+    page: RenderableType, coordinator: str, key: ClusterKey, job: str | None
+) -> RenderableType:
+    """Refresh until Ctrl-C; returns the last page, so that it can stay on the terminal."""
+    shown = page
+    try:
+        with Live(page, console=show.console(), screen=True, auto_refresh=False) as live:
+            while True:
+                sleep(_WATCH_S)
+                try:
+                    shown = page = render(ask_status(coordinator, key), coordinator, job)
+                except CkptdError as error:
+                    # A coordinator that is started again, or a job that is, comes back.
+                    shown = Group(show.note(str(error), show.BAD), Text(), page)
+                live.update(shown, refresh=True)
+    except KeyboardInterrupt:
+        return shown
+
+
+def render(document: Mapping[str, Any], address: str, job: str | None = None) -> RenderableType:
+    """The whole page. Raises Refused if there is no such job."""
+    parts: list[RenderableType] = [_header(document["coordinator"], address), Text()]
+    parts.append(_nodes(document["nodes"], address))
+    jobs = show.choose_jobs(document, job)
+    for one in jobs:
+        parts += [Text(), _job(one, document["nodes"])]
+    if not jobs:
+        parts += [
+            Text(),
+            Text("No job yet. Start one, on each of its nodes:", show.WARN),
+            Text("  ckptd run --job NAME --agent SOCKET -- --nproc-per-node=8 train.py"),
+        ]
+    return Group(*parts)
+
+
+def _header(coordinator: Mapping[str, Any], address: str) -> Text:
+    return Text.assemble(
+        ("coordinator ", "bold"),
+        (address, "bold"),
+        f" · up {show.age(coordinator['up_s'])} · cells of {show.size(coordinator['cell_bytes'])}",
+        f" · nodes are lost after {coordinator['lease_s']:g} s of silence",
+    )
+
+
+def _nodes(nodes: list[dict[str, Any]], address: str) -> RenderableType:
+    if not nodes:
+        return Group(
+            Text("No agent has said hello yet. Start one on each node:", show.WARN),
+            Text(f"  ckptd agent --coordinator {address}"),
+        )
+    live = sum(node["state"] == "live" for node in nodes)
+    title = Text.assemble(("nodes", "bold"), f"  {live} live")
+    if lost := len(nodes) - live:
+        title.append(", ").append(f"{lost} lost", show.BAD)
+    head = ["node", "state", "domain", "codec", "ranks", "memory", "seen"]
+    return Group(title, show.Listing(head, [_node(node) for node in nodes], ["domain"]))
+
+
+def _node(node: Mapping[str, Any]) -> tuple[list[Text | str], list[Text]]:
+    lost = node["state"] == "lost"
+    doubt = not lost and node["reasons"]
+    return (
+        [
+            node["node"],
+            Text(node["state"], show.WARN) if doubt else show.state(node["state"]),
+            node["domain"],
+            node["codec"],
+            _ranks(node),
+            _memory(node["memory_used_bytes"], node["memory_limit_bytes"]),
+            Text(f"{show.age(node['seen_s_ago'])} ago", show.BAD if lost else ""),
+        ],
+        [show.note(reason, show.BAD if lost else show.WARN) for reason in node["reasons"]],
+    )
+
+
+def _ranks(node: Mapping[str, Any]) -> Text:
+    by_job: dict[str, list[int]] = {}
+    for held in node["ranks"]:
+        by_job.setdefault(held["job"], []).append(held["rank"])
+    words = [f"{job} {show.spans(ranks)}" for job, ranks in by_job.items()]
+    if node["spare"]:
+        words.append("spare")
+    words += [f"waits for {job}" for job in node["waiting_launchers"]]
+    return Text("; ".join(words)) if words else Text("none", show.PAST)
+
+
+def _memory(used_bytes: int, limit_bytes: int) -> Text:
+    part = used_bytes / limit_bytes if limit_bytes else 1.0
+    style = show.BAD if part > _MEMORY_BAD else show.WARN if part > _MEMORY_WARN else ""
+    return Text(f"{show.size(used_bytes)} / {show.size(limit_bytes)}  {part:4.0%}", style)
+
+
+def _job(job: Mapping[str, Any], nodes: list[dict[str, Any]]) -> RenderableType:
+    parts: list[RenderableType] = [_summary(job)]
+    parts += [_indented(text) for text in (*_troubles(job, nodes), _risk(job["at_risk"]))]
+    if job["groups"]:
+        head = ["group", "k+m", "codec", "may lose", "nodes"]
+        parts += [Text(), show.Listing(head, [_group(group) for group in job["groups"]])]
+    failed = [past for past in job["ended"] if past["state"] != "retired"][:_FAILED_SHOWN]
+    rows = [
+        (show.snapshot_cells(snapshot), show.reason_of(snapshot))
+        for snapshot in [*job["snapshots"], *({**show.NOWHERE, **past} for past in failed)]
+    ]
+    if rows:
+        parts += [Text(), show.Listing(show.SNAPSHOT_HEAD, rows)]
+    else:
+        parts.append(_indented(show.note("no snapshot yet")))
+    return Group(*parts)
+
+
+def _indented(text: Text) -> Padding:
+    return Padding(text, (0, 0, 0, 2), expand=False)
+
+
+def _summary(job: Mapping[str, Any]) -> Text:
+    if job["training"]:
+        doing = Text("training", show.GOOD)
+    elif job["waiting_for"]:
+        doing = Text("waits", show.WARN)
+    elif job["attached_ranks"]:
+        doing = Text("starting", show.BUSY)
+    else:
+        doing = Text("not running", show.WARN)
+    line = Text.assemble(
+        ("job ", "bold"), (job["job"], "bold"), "  ", doing, f" · life {job['life']}"
+    )
+    if job["training"]:
+        line.append(f" · step {job['step']}")
+        line.append(f" · {job['step_s']:.3g} s a step" if job["step_s"] else "")
+    if job["resumed_from"]:
+        line.append(f" · resumed from {job['resumed_from'].rpartition('/')[2]}")
+    return line
+
+
+def _troubles(job: Mapping[str, Any], nodes: list[dict[str, Any]]) -> list[Text]:
+    found = []
+    if job["waiting_for"]:
+        found.append(show.note(f"waits for {job['waiting_for']}"))
+    if job["attached_ranks"] < job["world_size"]:
+        text = f"{job['attached_ranks']} of {show.count(job['world_size'], 'rank')} attached"
+        found.append(show.note(text))
+    live = {node["node"] for node in nodes if node["state"] == "live"}
+    for lost, spare in job["vacancies"].items():
+        if lost not in live:
+            text = (
+                f"{spare} was called in place of {lost}"
+                if spare
+                else f"no spare waits to replace {lost}; `ckptd run --spare` on a node makes one"
+            )
+            found.append(show.note(text))
+    return found
+
+
+def _risk(at_risk: Mapping[str, Any]) -> Text:
+    def work(what: str) -> Text:
+        steps, seconds = at_risk[f"{what}_steps"], at_risk[f"{what}_s"]
+        if seconds is None:
+            return Text("everything", show.BAD)
+        return Text(f"{show.count(steps, 'step')}, " if steps is not None else "").append(
+            show.age(seconds)
+        )
+
+    return Text.assemble(
+        "at risk  ", work("process"), " if a process is lost · ", work("node"), " if a node is lost"
+    )
+
+
+def _group(group: Mapping[str, Any]) -> tuple[list[Text | str], list[Text]]:
+    left = group["may_lose"]
+    style = show.GOOD if not group["reasons"] else show.WARN if left else show.BAD
+    return (
+        [
+            str(group["group"]),
+            f"{group['data_shards']}+{group['parity_shards']}",
+            group["codec"],
+            Text(show.count(left, "node"), style),
+            ", ".join(group["nodes"]),
+        ],
+        [show.note(reason, style) for reason in group["reasons"]],
+    )

@@ -1,0 +1,126 @@
+"""A trainer for the stories: tiny, deterministic, and it says what it does, one JSON line a step.
+
+The state after a step depends on every bit of the state before it (weights, Adam's moments, the
+learning rate, dropout's random numbers, the data's own), so a wrong byte anywhere shows in the
+digest of all later steps.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ckptd
+
+
+class Data:
+    """Batches from a random number generator of its own."""
+
+    def __init__(self, seed: int, ballast: object) -> None:
+        self.random = random.Random(seed)
+        self.ballast = ballast
+
+    def next(self) -> torch.Tensor:
+        return torch.tensor([[self.random.random() for _ in range(16)] for _ in range(4)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": self.random.getstate(), "ballast": self.ballast}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.random.setstate(state["random"])
+
+
+def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().numpy().tobytes())
+        for value in optimizer.state[parameter].values():
+            found.update(value.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--step-s", type=float, default=0.03)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--timeout", type=float, default=30.0)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--unsavable", action="store_true", help="a date among the data's state")
+    parser.add_argument("--finish", action="store_true")
+    parser.add_argument("--plain", type=int, default=0, help="these ranks, without ckptd")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.plain:
+        for rank in range(args.plain):
+            train(args, rank, 1)
+        return
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo", init_method=os.environ["INIT"], rank=rank, world_size=world_size
+        )
+    train(args, rank, world_size)
+
+
+def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
+    torch.manual_seed(rank)
+    model = nn.Sequential(
+        nn.Linear(16, args.width), nn.BatchNorm1d(args.width), nn.Dropout(0.2),
+        nn.Linear(args.width, 1),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
+    data = Data(rank, datetime.date.today() if args.unsavable else "x" * 100)
+
+    def say(**fields: Any) -> None:
+        print(json.dumps({"rank": rank, **fields}), flush=True)
+
+    start, ckpt = 0, None
+    if not args.plain:
+        extra = {"data": data, "schedule": schedule}
+        ckpt = ckptd.Checkpointer(
+            model=model,
+            optimizer=optimizer,
+            extra=extra,
+            slots=args.slots,
+            resume_timeout_s=args.timeout,
+        )
+        try:
+            start = ckpt.resume()
+        except ckptd.errors.CkptdError as error:
+            say(event="refused", kind=type(error).__name__, text=str(error))
+            sys.exit(3)
+    say(event="start", step=start, life=ckpt.life if ckpt else 0)
+    for step in range(start, args.steps):
+        loss = model(data.next()).square().mean()
+        if world_size > 1:
+            dist.all_reduce(loss.detach().clone())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if ckpt is not None:
+            try:
+                ckpt.step(step + 1)
+            except ckptd.errors.CkptdError as error:
+                say(event="refused", kind=type(error).__name__, text=str(error))
+                sys.exit(3)
+        say(step=step + 1, digest=digest(model, optimizer))
+        time.sleep(args.step_s)
+    if ckpt is not None:
+        ckpt.close(finished=args.finish)
+    say(event="end")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The command line as a whole: help, start-up, torchrun's arguments, benches."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from ckptd.cli.main import _VERBS, main
+from ckptd.trainer.launch import complete_arguments
+
+
+@pytest.mark.parametrize("verb", sorted(_VERBS))
+def test_every_verb_explains_itself_and_each_flag(verb):
+    result = CliRunner().invoke(main, [verb, "--help"])
+    assert result.exit_code == 0
+    assert result.output.startswith("Usage:")
+    assert verb in CliRunner().invoke(main, ["--help"]).output
+
+
+def test_the_command_line_and_the_library_start_without_torch():
+    script = (
+        "import sys, ckptd, ckptd.cli.main, ckptd.cli.status, ckptd.cli.ls, ckptd.cli.agent\n"
+        "import ckptd.cli.coordinator, ckptd.cli.run\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_run_adds_what_makes_restarts_work():
+    got = complete_arguments(["--nnodes=4", "train.py"], "lm", "10.0.0.1:29400", "10.0.0.11")
+    assert got[-2:] == ["--nnodes=4", "train.py"]
+    assert "--rdzv-id=lm" in got
+    assert "--rdzv-endpoint=10.0.0.1:29400" in got
+    assert "--rdzv-backend=c10d" in got
+    assert "--local-addr=10.0.0.11" in got
+    assert any(argument.startswith("--rdzv-conf=is_host=0") for argument in got)
+    assert any(argument.startswith("--max-restarts=") for argument in got)
+
+
+def test_what_the_user_gives_to_torchrun_wins():
+    given = [
+        "--max_restarts=3",
+        "--rdzv_id",
+        "x",
+        "--rdzv-endpoint=h:1",
+        "--local-addr",
+        "y",
+        "t.py",
+    ]
+    assert complete_arguments(given, "lm", "h:2", "z") == given
+
+
+def test_a_standalone_job_keeps_its_own_rendezvous():
+    got = complete_arguments(["--standalone", "--nproc-per-node=2", "train.py"], "lm", "h:2", "z")
+    assert not [argument for argument in got if "rdzv" in argument]
+
+
+def test_the_scripts_own_flags_are_not_taken_for_torchruns():
+    got = complete_arguments(["train.py", "--max-restarts=7"], "lm", None, None)
+    assert [argument for argument in got[: got.index("train.py")] if "max-restarts" in argument]
+
+
+def test_bench_erasure_measures_side_by_side():
+    flags = [
+        "bench",
+        "erasure",
+        "--code",
+        "2+1",
+        "--cell-size",
+        "64KiB",
+        "--repeats",
+        "3",
+        "--json",
+    ]
+    result = CliRunner().invoke(main, flags)
+    rates = json.loads(result.output)["2+1"]
+    assert set(rates) == {"encode", "raw", "decode", "copy"}
+    assert all(rate["low"] <= rate["median"] <= rate["high"] for rate in rates.values())
+    assert CliRunner().invoke(main, ["bench", "erasure", "--code", "4x2"]).exit_code == 2

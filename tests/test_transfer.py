@@ -1,0 +1,743 @@
+"""Cells between nodes: several stores, servers and encoders in one process, over loopback."""
+
+import errno
+import queue
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, combinations
+from pathlib import Path
+
+import pytest
+
+from ckptd.agent import cells
+from ckptd.agent.cells import CellServer, Peers
+from ckptd.agent.fetch import Outcome, SegmentFetch
+from ckptd.agent.protect import EncodeRun
+from ckptd.agent.reader import CellReader
+from ckptd.agent.store import Store, read_segment_sidecar, verify_cells
+from ckptd.cli.local_cluster import wait_until
+from ckptd.digest import cell_count, cell_span, digest, pack
+from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
+from ckptd.ids import SnapshotId
+from ckptd.keys import NONCE_BYTES, ClusterKey
+from ckptd.manifest import Extent, Group, JobManifest, Member, NodeManifest
+from ckptd.segment import Sidecar, TensorSpec, checked_record, plan_layout, sidecar_path
+from ckptd.wire import (
+    GetCell,
+    GetEncoded,
+    GetManifest,
+    GetParity,
+    Message,
+    Payload,
+    PeerRequest,
+    Source,
+    encode,
+)
+
+CELL_BYTES = 4096
+DEADLINE_S = 60.0
+ID = SnapshotId("job", 2, 40)
+KEY = ClusterKey(bytes(range(32)))
+
+
+def segment_of(rank: int, world_size: int, rng: random.Random) -> bytes:
+    """A segment of some cells, the last one mostly short."""
+    layout = plan_layout([TensorSpec("model.w", "U8", (rng.randrange(4 * CELL_BYTES),))], 64)
+    header = layout.header(ID, rank, world_size, 64)
+    return header + rng.randbytes(layout.size_bytes - layout.data_begin)
+
+
+class Node:
+    """One agent's data plane."""
+
+    def __init__(self, name: str, host: str, root: Path) -> None:
+        self.name, self.store, self.peers = name, Store(root), Peers(KEY)
+        self.reader = CellReader(name, self.store, self.peers)
+        self.run: EncodeRun | None = None
+        self.server = CellServer(host, 0, name, self.store, KEY, self._row)
+        self.address = self.server.address
+
+    def _row(self, request: GetEncoded) -> memoryview:
+        if self.run is None or request.id != ID:
+            raise Gone(f"{self.name} does not encode {request.id} (yet)")
+        return self.run.row(request)
+
+    def seal(self, rank: int, raw: bytes, world_size: int) -> None:
+        name = f"job/segment-{rank}.safetensors"
+        self.store.allocate(name, len(raw))
+        path = self.store.path(name)
+        with path.open("r+b") as file:
+            file.write(raw)
+        spans = [
+            cell_span(n, len(raw), CELL_BYTES) for n in range(cell_count(len(raw), CELL_BYTES))
+        ]
+        digests = pack(digest(raw[begin : begin + length]) for begin, length in spans)
+        sidecar = Sidecar(ID, rank, world_size, len(raw), CELL_BYTES, digests)
+        sidecar_path(path).write_bytes(checked_record(sidecar))
+        self.store.check_segment(name, ID, rank)
+
+    def segment(self, rank: int) -> Path:
+        return self.store.path(f"job/segment-{rank}.safetensors")
+
+    @property
+    def parity(self) -> Path:
+        return self.store.path("job/parity-0.cells")
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.stop()
+        self.server.close()
+        self.peers.close()
+        self.store.close()
+
+
+class Cluster:
+    """Nodes a, b, c … in one group, with some ranks each, and the segments they sealed."""
+
+    def __init__(
+        self, directory: Path, ranks: list[int], parity_shards: int, rng: random.Random
+    ) -> None:
+        """`ranks`: how many ranks each node has."""
+        self.directory = directory
+        self.nodes = [
+            Node(chr(ord("a") + n), f"127.0.0.{n + 1}", directory / str(n))
+            for n in range(len(ranks))
+        ]
+        self.everybody = list(self.nodes)
+        self.segments = {rank: segment_of(rank, sum(ranks), rng) for rank in range(sum(ranks))}
+        order = list(self.segments)
+        rng.shuffle(order)
+        self.ranks: dict[str, list[int]] = {}
+        members = []
+        for node, count in zip(self.nodes, ranks, strict=True):
+            own, order = sorted(order[:count]), order[count:]
+            self.ranks[node.name] = own
+            for rank in own:
+                node.seal(rank, self.segments[rank], sum(ranks))
+            members.append(
+                Member(node.name, tuple(Extent(rank, len(self.segments[rank])) for rank in own))
+            )
+        self.group = Group(tuple(members), parity_shards)
+        self.manifest = JobManifest(ID, sum(ranks), (self.group,), "zfec", CELL_BYTES, ())
+        self.addresses = {node.name: node.address for node in self.nodes}
+        self.outcomes: queue.Queue[tuple[str, str | None]] = queue.Queue()
+
+    def encode(self, node: Node, addresses: dict[str, str] | None = None) -> EncodeRun:
+        number = self.nodes.index(node)
+        held = len(self.manifest.stripe_map(0).parity_of(number))
+        node.store.keep_manifest(self.manifest)
+        node.run = EncodeRun(
+            self.manifest,
+            node.name,
+            self.addresses if addresses is None else addresses,
+            node.store,
+            node.reader,
+            node.parity,
+            held * CELL_BYTES,
+            lambda reason: self.outcomes.put((node.name, reason)),
+        )
+        node.run.start()
+        return node.run
+
+    def wait_encoded(self, count: int) -> None:
+        for _ in range(count):
+            assert self.outcomes.get(timeout=DEADLINE_S)[1] is None
+
+    def protect(self) -> None:
+        for node in self.nodes:
+            self.encode(node)
+        self.wait_encoded(len(self.nodes))
+
+    def newcomer(self) -> Node:
+        """A node that holds nothing, and keeps nothing between calls."""
+        number = len(self.everybody)
+        node = Node("z", "127.0.0.99", self.directory / str(number))
+        self.everybody.append(node)
+        return node
+
+    def source(self, lost: tuple[Node, ...] = (), listed: bool = False) -> Source:
+        """What is left without these nodes; `listed`: nobody has noticed yet."""
+        there = [node for node in self.nodes if listed or node not in lost]
+        return Source(
+            self.manifest,
+            {rank: (node.name,) for node in there for rank in self.ranks[node.name]},
+            {rank: len(raw) for rank, raw in self.segments.items()},
+            tuple(node.name for node in there),
+            {node.name: node.address for node in there},
+        )
+
+    def fetch(self, node: Node, rank: int, source: Source, name: str = "job/new") -> Outcome:
+        """Bring a segment to `node`, and see that it is whole."""
+        name += ".safetensors"
+        node.store.allocate(name, len(self.segments[rank]))
+        path = node.store.path(name)
+        outcome = SegmentFetch(node.reader, ID, rank, source).run(path, present=False)
+        assert path.read_bytes() == self.segments[rank]
+        sidecar = read_segment_sidecar(path)
+        assert sidecar == outcome.sidecar
+        verify_cells(path, sidecar)
+        node.store.delete(name)
+        return outcome
+
+    def close(self) -> None:
+        for node in self.everybody:
+            node.close()
+
+
+Build = Callable[..., Cluster]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Build]:
+    built: list[Cluster] = []
+
+    def make(ranks: list[int], parity_shards: int, seed: int = 1) -> Cluster:
+        built.append(Cluster(tmp_path / str(len(built)), ranks, parity_shards, random.Random(seed)))
+        return built[-1]
+
+    yield make
+    for cluster in built:
+        cluster.close()
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x40]))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.005)
+
+
+def places_of(cluster: Cluster, node: Node, rank: int, cell: int) -> tuple[int, int]:
+    """(stripe, shard) of a cell."""
+    number = cluster.nodes.index(node)
+    cells_of = list(cluster.group.members[number].cell_ranks(CELL_BYTES))
+    return cluster.manifest.stripe_map(0).locate(number, cells_of.index((rank, cell)))
+
+
+def flip_parity(cluster: Cluster, stripe: int, row: int) -> None:
+    """A bit of the first byte of a parity cell at rest."""
+    keeper = cluster.manifest.stripe_map(0).stripes[stripe].parity[row]
+    index = cluster.manifest.stripe_map(0).parity_of(keeper)
+    flip(cluster.nodes[keeper].parity, index.index((stripe, row)) * CELL_BYTES)
+
+
+class TestLosses:
+    @pytest.mark.parametrize(
+        ("ranks", "parity_shards"),
+        [([1, 2], 1), ([2, 1, 1], 1), ([1, 0, 2], 2), ([1, 2, 1, 1], 2), ([1, 1, 0, 2, 1, 1], 2)],
+        ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else str(value),
+    )
+    def test_every_loss_that_parity_can_bear(
+        self, ranks: list[int], parity_shards: int, build: Build
+    ) -> None:
+        """Whichever nodes are gone, each of their segments comes back byte for byte."""
+        cluster = build(ranks, parity_shards, seed=len(ranks))
+        cluster.protect()
+        newcomer = cluster.newcomer()
+        sets = chain(*(combinations(cluster.nodes, count) for count in range(1, parity_shards + 1)))
+        for number, lost in enumerate(sets):
+            survivor = next(node for node in cluster.nodes if node not in lost)
+            # A survivor has a part of what is needed itself, a newcomer nothing.
+            where = survivor if number % 2 else newcomer
+            for node in lost:
+                for rank in cluster.ranks[node.name]:
+                    outcome = cluster.fetch(where, rank, cluster.source(lost))
+                    assert (outcome.fetched_cells, outcome.rebuilt_cells) == (
+                        0,
+                        cell_count(len(cluster.segments[rank]), CELL_BYTES),
+                    )
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_random_clusters(self, seed: int, build: Build) -> None:
+        rng = random.Random(seed)
+        count = rng.randint(3, 6)
+        ranks = [rng.randint(0, 2) for _ in range(count - 1)] + [1]
+        parity_shards = rng.randint(1, count - 1)
+        cluster = build(ranks, parity_shards, seed)
+        cluster.protect()
+        lost = tuple(rng.sample(cluster.nodes, parity_shards))
+        where = cluster.newcomer()
+        for rank in cluster.segments:
+            cluster.fetch(where, rank, cluster.source(lost))
+
+    def test_one_loss_too_many_is_named(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        lost = tuple(cluster.nodes[:2])
+        for node in lost:
+            (rank,) = cluster.ranks[node.name]
+            with pytest.raises(
+                Unrecoverable, match=rf"^cell \d+ of rank {rank} of job/2.40 .* of the 2 cells that"
+            ):
+                cluster.fetch(cluster.nodes[2], rank, cluster.source(lost))
+
+    def test_nodes_that_died_unnoticed(self, build: Build) -> None:
+        """They are still listed; nobody answers at their addresses."""
+        cluster = build([1, 1, 1, 1], 2)
+        cluster.protect()
+        lost = tuple(cluster.nodes[1:3])
+        for node in lost:
+            node.close()
+        for node in lost:
+            (rank,) = cluster.ranks[node.name]
+            outcome = cluster.fetch(cluster.newcomer(), rank, cluster.source(lost, listed=True))
+            assert outcome.rebuilt_cells == cell_count(len(cluster.segments[rank]), CELL_BYTES)
+
+    def test_a_parity_node_whose_address_is_unknown(self, build: Build) -> None:
+        """What this node keeps itself must not be taken for that node's."""
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        (rank,) = cluster.ranks[lost.name]
+        source = cluster.source((lost,))
+        del source.cells[cluster.nodes[1].name]
+        with pytest.raises(Unrecoverable, match="b is not there"):
+            cluster.fetch(cluster.nodes[2], rank, source)
+
+    def test_only_sealed_segments_come_from_their_node(self, build: Build) -> None:
+        cluster = build([1, 1], 1)
+        whole = cluster.source()
+        source = Source(None, whole.ranks, whole.sizes, (), whole.cells)
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        outcome = cluster.fetch(cluster.nodes[1], rank, source)
+        assert outcome.rebuilt_cells == 0
+        flip(node.segment(rank), CELL_BYTES)
+        with pytest.raises(Unrecoverable, match=r"is damaged\), and there is no parity yet"):
+            cluster.fetch(cluster.nodes[1], rank, source)
+
+    def test_a_cell_that_is_gone_from_a_short_segment(self, build: Build) -> None:
+        """Its digests are known only to nodes that are gone, too."""
+        cluster = build([1, 1], 1)
+        (rank,) = cluster.ranks["a"]
+        source = cluster.source((cluster.nodes[0],))
+        with pytest.raises(Unrecoverable, match=f"the digests of rank {rank} of .* are lost"):
+            cluster.fetch(cluster.nodes[1], rank, source)
+
+
+class TestFlippedBits:
+    def test_in_a_data_cell(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        flip(node.segment(rank), CELL_BYTES + 9)
+        outcome = cluster.fetch(cluster.newcomer(), rank, cluster.source())
+        assert outcome.rebuilt_cells == 1
+        assert outcome.fetched_cells == cell_count(len(cluster.segments[rank]), CELL_BYTES) - 1
+
+    def test_in_the_nodes_own_cells_they_are_mended_in_place(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        path = node.segment(rank)
+        fetch = SegmentFetch(node.reader, ID, rank, cluster.source())
+        assert fetch.run(path, present=True).rebuilt_cells == 0
+        for place in (3, len(cluster.segments[rank]) - 1):
+            flip(path, place)
+        assert fetch.run(path, present=True).rebuilt_cells == 2
+        assert path.read_bytes() == cluster.segments[rank]
+        verify_cells(path, read_segment_sidecar(path))
+
+    def test_a_mending_that_fails_makes_nothing_worse(self, build: Build) -> None:
+        """The other cells, the first among them, can still be had from here."""
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        path = node.segment(rank)
+        flip(path, CELL_BYTES)
+        before = path.read_bytes()
+        alone = cluster.source(tuple(cluster.nodes[1:]))
+        with pytest.raises(Unrecoverable):
+            SegmentFetch(node.reader, ID, rank, alone).run(path, present=True)
+        assert path.read_bytes() == before
+        again = SegmentFetch(node.reader, ID, rank, cluster.source())
+        assert again.run(path, present=True).rebuilt_cells == 1
+        assert path.read_bytes() == cluster.segments[rank]
+
+    def test_in_a_parity_cell_another_row_serves(self, build: Build) -> None:
+        cluster = build([1, 1, 1, 1], 2)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        (rank,) = cluster.ranks[lost.name]
+        flip_parity(cluster, places_of(cluster, lost, rank, 0)[0], row=0)
+        cluster.fetch(cluster.nodes[1], rank, cluster.source((lost,)))
+
+    def test_in_a_data_cell_and_its_only_parity(self, build: Build) -> None:
+        """Never a wrong byte: it says what is damaged."""
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        stripe, _ = places_of(cluster, node, rank, 1)
+        flip(node.segment(rank), CELL_BYTES)
+        flip_parity(cluster, stripe, row=0)
+        with pytest.raises(Unrecoverable, match=r"is damaged.*parity row 0 .* is damaged"):
+            cluster.fetch(cluster.newcomer(), rank, cluster.source())
+
+    def test_parity_of_other_data(self, build: Build) -> None:
+        """At rest with the right digest, but made of other bytes: the cell's own digest tells."""
+        cluster = build([1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        keeper = cluster.nodes[1]
+        flip(keeper.parity, 0)
+        with keeper.store.parity(ID) as parity:
+            kept = parity.path.read_bytes()
+            sidecar, index = parity.sidecar, list(parity.index)
+        digests = pack(
+            digest(kept[n * CELL_BYTES :][:length]) for n, length in enumerate(sidecar.lengths)
+        )
+        made = type(sidecar)(ID, 0, 1, CELL_BYTES, sidecar.lengths, digests)
+        keeper.store.publish_parity(keeper.parity, made, index)
+        with pytest.raises(CorruptData, match="does not have its digest"):
+            cluster.fetch(cluster.newcomer(), rank, cluster.source((node,)))
+
+
+class TestProtecting:
+    def test_a_peer_that_comes_late(self, build: Build) -> None:
+        """The others wait for it, and go on with the address that it has then."""
+        cluster = build([1, 1, 1], 1)
+        late = cluster.nodes[2]
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            nobody = "{}:{}".format(*closed.getsockname())
+            addresses = {**cluster.addresses, late.name: nobody}
+            runs = [cluster.encode(node, addresses) for node in cluster.nodes[:2]]
+            closed.settimeout(DEADLINE_S)
+            closed.accept()[0].close()  # somebody has tried
+        assert cluster.outcomes.empty()
+        cluster.encode(late)
+        for run in runs:
+            run.update(cluster.addresses)
+        cluster.wait_encoded(3)
+
+    def test_stop_ends_the_threads(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        before = set(threading.enumerate())
+        without_c = {node.name: node.address for node in cluster.nodes[:2]}
+        runs = [cluster.encode(node, without_c) for node in cluster.nodes[:2]]
+        started = [
+            thread
+            for thread in set(threading.enumerate()) - before
+            if thread.name == "ckptd-encode"
+        ]
+        assert len(started) == 2
+        for run in runs:
+            run.stop()
+        assert {cluster.outcomes.get(timeout=DEADLINE_S) for _ in runs} == {("a", ""), ("b", "")}
+        for thread in started:
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
+
+    def test_a_damaged_segment_is_never_protected(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        node = cluster.nodes[1]
+        flip(node.segment(cluster.ranks[node.name][0]), CELL_BYTES)
+        for each in cluster.nodes:
+            cluster.encode(each)
+        reasons = []
+        while not reasons:
+            _, reason = cluster.outcomes.get(timeout=DEADLINE_S)
+            reasons += [reason] if reason else []
+        assert "is damaged" in reasons[0]
+
+    def test_a_row_is_handed_out_again_when_it_was_lost_on_the_way(self, build: Build) -> None:
+        cluster = build([1, 1, 1, 1], 2)
+        cluster.protect()
+        keeper = cluster.nodes[1]
+        with keeper.store.parity(ID) as parity:
+            for number, (stripe, row) in enumerate(parity.index):
+                if row == 0:
+                    continue
+                encoder = cluster.nodes[cluster.manifest.stripe_map(0).stripes[stripe].encoder]
+                into = memoryview(bytearray(CELL_BYTES))
+                length, _ = keeper.peers.fetch(
+                    encoder.address, GetEncoded(ID, 0, stripe, row), into
+                )
+                kept = parity.path.read_bytes()[number * CELL_BYTES :][:length]
+                assert bytes(into[:length]) == kept
+
+    def test_rows_that_a_node_does_not_encode(self, build: Build) -> None:
+        cluster = build([1, 1, 1, 1], 2)
+        cluster.protect()
+        run = cluster.nodes[0].run
+        assert run is not None
+        for stripe, row in ((1, 1), (0, 0), (0, 2), (-1, 1), (10_000, 1)):
+            with pytest.raises(Gone):
+                run.row(GetEncoded(ID, 0, stripe, row))
+
+
+def shake_hands(conn: socket.socket, key: ClusterKey, role: bytes) -> None:
+    """The challenge, from the side of `role`."""
+    other = b"client" if role == b"server" else b"server"
+    ours = bytes(NONCE_BYTES)
+    conn.sendall(ours)
+    theirs = read_exactly(conn, NONCE_BYTES)
+    conn.sendall(key.proof(role, ours, theirs))
+    assert read_exactly(conn, 32) == key.proof(other, theirs, ours)
+
+
+def read_exactly(conn: socket.socket, length: int) -> bytes:
+    raw = b""
+    while len(raw) < length:
+        piece = conn.recv(length - len(raw))
+        assert piece, "the peer hung up"
+        raw += piece
+    return raw
+
+
+def framed(message: Message) -> bytes:
+    frame = encode(message)
+    return struct.pack("!I", len(frame)) + frame
+
+
+def connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+
+
+class FakeServer:
+    """Answers one request on one connection."""
+
+    def __init__(self, answer: bytes, hang_up: bool = False) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "{}:{}".format(*self._listener.getsockname())
+        self._answer, self._hang_up = answer, hang_up
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with self._listener, self._listener.accept()[0] as conn:
+            shake_hands(conn, KEY, b"server")
+            (length,) = struct.unpack("!I", read_exactly(conn, 4))
+            read_exactly(conn, length)
+            conn.sendall(self._answer)
+            if not self._hang_up:
+                conn.recv(1)
+
+    def close(self) -> None:
+        self._thread.join(DEADLINE_S)
+
+
+class TestPeersThatMisbehave:
+    @pytest.fixture
+    def node(self, build: Build) -> Node:
+        return build([1, 1], 1).nodes[0]
+
+    @pytest.fixture
+    def ask(self, node: Node) -> Iterator[Callable[[], None]]:
+        """An honest client, connected before anything happens; asks for a cell."""
+        peers = Peers(KEY)
+
+        def fetch() -> None:
+            manifest = peers.fetch_manifest(node.address, GetManifest(ID, node.name))
+            rank = manifest.segments[0].rank
+            into = memoryview(bytearray(CELL_BYTES))
+            peers.fetch(node.address, GetCell(ID, rank, 0), into)
+            assert into == memoryview(node.segment(rank).read_bytes()[:CELL_BYTES])
+
+        fetch()
+        yield fetch
+        peers.close()
+
+    def test_another_cluster_key(self, node: Node, ask: Callable[[], None]) -> None:
+        for key in (ClusterKey(bytes(32)), ClusterKey()):
+            stranger = Peers(key)
+            with pytest.raises(ProtocolError, match="does not have this cluster's key"):
+                stranger.fetch(node.address, GetCell(ID, 0, 0), memoryview(bytearray(10)))
+        ask()
+
+    def test_garbage_instead_of_a_challenge(self, node: Node, ask: Callable[[], None]) -> None:
+        before = node.server.bad_frames
+        with connect(node.address) as conn:
+            conn.sendall(b"GET / HTTP/1.1\r\n" * 10)
+            wait_for(lambda: node.server.bad_frames == before + 1)
+        ask()
+
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            struct.pack("!I", 1 << 31),
+            struct.pack("!I", 5) + b"hello",
+            struct.pack("!I", 0),
+            struct.pack("!I", 6) + b"ck\x07abc",
+            framed(Payload(1, 1)),
+            framed(GetCell(ID, 0, 0)).replace(b"\xa3job", b"\xa3\xff\xfe\xfd"),
+        ],
+        ids=["too long", "no message", "empty", "other version", "other union", "not utf-8"],
+    )
+    def test_garbage_instead_of_a_request(
+        self, node: Node, ask: Callable[[], None], garbage: bytes
+    ) -> None:
+        before = node.server.bad_frames
+        with connect(node.address) as conn:
+            shake_hands(conn, KEY, b"client")
+            conn.sendall(garbage)
+            assert conn.recv(1) == b""
+        wait_for(lambda: node.server.bad_frames == before + 1)
+        ask()
+
+    def test_half_a_request(
+        self, node: Node, ask: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is not waited for without end: its connection would be taken from others."""
+        with connect(node.address) as conn:
+            shake_hands(conn, KEY, b"client")
+            monkeypatch.setattr(cells, "PEER_TIMEOUT_S", 0.05)
+            conn.sendall(framed(GetCell(ID, 0, 0))[:9])
+            assert conn.recv(1) == b""
+        monkeypatch.undo()
+        ask()
+
+    def test_a_moment_without_file_descriptors(
+        self, node: Node, ask: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The server takes new connections again afterwards."""
+        listener, failed = node.server._listener, threading.Event()
+
+        class Exhausted:
+            def accept(self) -> tuple[socket.socket, object]:
+                if not failed.is_set():
+                    failed.set()
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return listener.accept()
+
+        monkeypatch.setattr(node.server, "_listener", Exhausted())
+        with connect(node.address) as conn:
+            shake_hands(conn, KEY, b"client")
+        assert failed.wait(DEADLINE_S)
+        with connect(node.address) as conn:
+            shake_hands(conn, KEY, b"client")
+        ask()
+        monkeypatch.undo()
+
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            GetCell(SnapshotId("job", 9, 9), 0, 0),
+            GetCell(ID, 77, 0),
+            GetParity(ID, 0, 0, 0),
+            GetEncoded(ID, 0, 0, 1),
+            GetManifest(ID, "nobody"),
+            GetManifest(SnapshotId("other", 1, 1), "a"),
+        ],
+        ids=lambda request: str(request)[:60],
+    )
+    def test_what_is_not_here(
+        self, node: Node, ask: Callable[[], None], request_: PeerRequest
+    ) -> None:
+        peers = Peers(KEY)
+        with pytest.raises(Gone):
+            peers.fetch(node.address, request_, memoryview(bytearray(CELL_BYTES)))
+        peers.close()
+        ask()
+
+    def test_cells_that_a_segment_does_not_have(self, node: Node) -> None:
+        rank = node.store.node_manifest(ID, node.name).segments[0].rank
+        for cell in (1000, 2**60):
+            with pytest.raises(Gone, match=r"has \d+ cells"):
+                node.peers.fetch(node.address, GetCell(ID, rank, cell), memoryview(bytearray(1)))
+
+    def test_a_manifest_that_is_damaged_at_rest(self, node: Node) -> None:
+        node.store.keep_node_manifest(NodeManifest(ID, "b", CELL_BYTES, ()))
+        flip(node.store.root / "job" / "2.40.of.b", 3)
+        with pytest.raises(Gone, match="its checksum does not match"):
+            node.peers.fetch_manifest(node.address, GetManifest(ID, "b"))
+
+    @pytest.mark.parametrize(
+        "request_",
+        [
+            GetManifest(SnapshotId("../job", 2, 40), "b"),
+            GetManifest(ID, "../../b"),
+            GetManifest(ID, "b\0"),
+            GetCell(ID, 0, -1),
+        ],
+        ids=["job", "node", "nul", "negative"],
+    )
+    def test_names_and_numbers_that_cannot_be_end_the_connection(
+        self, node: Node, request_: PeerRequest
+    ) -> None:
+        before = node.server.bad_frames
+        with pytest.raises(ConnectionResetError):
+            node.peers.fetch(node.address, request_, memoryview(bytearray(CELL_BYTES)))
+        wait_until("it to be counted", lambda: node.server.bad_frames == before + 1)
+
+    def test_a_negative_length(self) -> None:
+        server = FakeServer(framed(Payload(-1, 0)))
+        with pytest.raises(ProtocolError, match="Expected `int` >= 0"):
+            Peers(KEY).fetch(server.address, GetCell(ID, 0, 0), memoryview(bytearray(1)))
+        server.close()
+
+    @pytest.mark.parametrize("length", [CELL_BYTES + 1, 1 << 60])
+    def test_more_bytes_than_were_asked_for(self, length: int) -> None:
+        server, peers = FakeServer(framed(Payload(length, 0))), Peers(KEY)
+        with pytest.raises(ProtocolError, match=rf"to send {length} bytes where at most 4096 fit"):
+            peers.fetch(server.address, GetCell(ID, 0, 0), memoryview(bytearray(CELL_BYTES)))
+        server.close()
+
+    def test_a_manifest_of_impossible_size(self) -> None:
+        length = 1 << 40
+        server, peers = FakeServer(framed(Payload(length, 0))), Peers(KEY)
+        with pytest.raises(ProtocolError, match=rf"to send {length} bytes"):
+            peers.fetch_manifest(server.address, GetManifest(ID, "a"))
+        server.close()
+
+    @pytest.mark.parametrize(
+        "body", [b"", b"\xc1", b"\x84\xa2id\x93\xa1\xff\x01\x01" + b"\x91" * 9]
+    )
+    def test_a_manifest_that_makes_no_sense(self, body: bytes) -> None:
+        server = FakeServer(framed(Payload(len(body), digest(body))) + body)
+        with pytest.raises(ProtocolError, match="is malformed"):
+            Peers(KEY).fetch_manifest(server.address, GetManifest(ID, "a"))
+        server.close()
+
+    def test_wrong_bytes_with_their_right_digest(self, node: Node) -> None:
+        """The peer's word does not count: the digest is the one of the capture."""
+        rank = node.store.node_manifest(ID, node.name).segments[0].rank
+        segment = node.store.node_manifest(ID, node.name).segment(rank)
+        body = bytes(CELL_BYTES)
+        server = FakeServer(framed(Payload(len(body), digest(body))) + body)
+        elsewhere = CellReader("z", Store(node.store.root.parent / "z"), Peers(KEY))
+        with pytest.raises(CorruptData, match=f"from {server.address} is damaged"):
+            elsewhere.cell(
+                ID, segment, 0, CELL_BYTES, [server.address], memoryview(bytearray(CELL_BYTES))
+            )
+        elsewhere.peers.close()
+        elsewhere.store.close()
+        server.close()
+
+    def test_a_peer_that_hangs_up_in_the_middle(self) -> None:
+        server = FakeServer(framed(Payload(CELL_BYTES, 0)) + b"half", hang_up=True)
+        with pytest.raises(ConnectionError):
+            Peers(KEY).fetch(server.address, GetCell(ID, 0, 0), memoryview(bytearray(CELL_BYTES)))
+        server.close()
+
+    @pytest.mark.parametrize("address", ["", "host", "host:", "host:port"])
+    def test_an_address_that_is_none(self, address: str) -> None:
+        with pytest.raises(ProtocolError, match="is not a cell server's address"):
+            Peers(KEY).fetch(address, GetCell(ID, 0, 0), memoryview(bytearray(1)))
+
+    def test_a_connection_that_broke_while_idle_is_replaced(self, build: Build) -> None:
+        """The agent on the other side has come back on its old port."""
+        cluster = build([1, 1], 1)
+        node, other = cluster.nodes
+        request = GetManifest(ID, node.name)
+        assert other.peers.fetch_manifest(node.address, request).node == node.name
+        ((conn,),) = other.peers._idle.values()
+        conn.shutdown(socket.SHUT_RDWR)
+        assert other.peers.fetch_manifest(node.address, request).node == node.name
