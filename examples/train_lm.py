@@ -282,6 +282,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def leave_process_group() -> None:
+    """Leave together, and give gloo's threads a moment to let go of the last collective's tensors.
+
+    A Python that finalises before they have done so aborts (pytorch/pytorch#179291): then the
+    launcher would restart a job that has just finished.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.5)
+
+
 def main() -> None:
     args = parse_args()
     rank = int(os.environ.get("RANK", "0"))
@@ -295,7 +306,7 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(args, rank, device)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 if __name__ == "__main__":
