@@ -53,11 +53,14 @@ from ckptd.wire import (
     Resumed,
     ResumeWaits,
     Revoked,
+    SaveAll,
     Sealed,
     SegmentReady,
+    Share,
     SnapshotFailed,
     TakeSnapshot,
     Ticket,
+    Undivide,
     WaitForWork,
     Waiting,
     Welcome,
@@ -141,6 +144,7 @@ class Trainer:
     step: int = 0
     seen_step: int = 0
     segment_bytes: int = 0
+    shares: tuple[Share, ...] = ()
     opening: bool = False
     reported_at: float = float("-inf")
     ask: AskResume | None = None
@@ -184,8 +188,8 @@ class Lifecycle:
         self._beat_at = now
         self._waiting_at = now
         self._numbers = itertools.count(1)
-        self._restoring: dict[str, int] = {}
-        """Slot name to the trainer that waits for its segment."""
+        self._restoring: dict[str, set[int]] = {}
+        """Slot name to the trainers that wait for its segment."""
         self._fetches: dict[str, int] = {}
         """Slot name to the life for which a Fetch into it, or a check of it, is under way."""
         self._bereft: set[str] = set()
@@ -315,6 +319,10 @@ class Lifecycle:
                 self._resume_waits(message)
             case TakeSnapshot() as message:
                 self._take(message.id)
+            case Undivide() as message:
+                for trainer in self.trainers.values():
+                    if (trainer.job, trainer.life) == (message.job, message.life):
+                        self._tell(trainer.conn, SaveAll(message.reason))
             case Protect() as message:
                 self._protect(message)
             case Commit() as message:
@@ -639,10 +647,10 @@ class Lifecycle:
                 return
             slot.id, slot.rank = message.id, message.rank
             slot.move(Use.FETCHING)
-        elif slot.name in self._fetches or slot.use is not Use.SEALED:
-            self._restoring[slot.name] = trainer.conn  # under way for a life that is over
-            return
-        self._restoring[slot.name] = trainer.conn
+        waiting = self._restoring.setdefault(slot.name, set())
+        waiting.add(trainer.conn)
+        if present and (slot.name in self._fetches or slot.use is not Use.SEALED):
+            return  # under way, for another rank or for a life that is over
         self._fetches[slot.name] = trainer.life
         self._world_sizes.setdefault(
             message.id,
@@ -668,7 +676,7 @@ class Lifecycle:
 
     def _open_layout(self, trainer: Trainer, message: OpenLayout, now: float) -> None:
         """Own at least one free slot now, and `slots` in all, counting those freed later."""
-        trainer.segment_bytes = message.size_bytes
+        trainer.segment_bytes, trainer.shares = message.size_bytes, message.shares
         trainer.opening = True
         self._claim(trainer)
         new = self._slots_to_add(trainer)
@@ -751,7 +759,8 @@ class Lifecycle:
     def _layout_ready(self, trainer: Trainer, now: float) -> None:
         if trainer.opening and all(s.use is not Use.ALLOCATING for s in self._owned(trainer)):
             trainer.opening = False
-            self._tell(trainer.conn, LayoutOpened(trainer.segment_bytes))
+            paths = tuple(self._path(slot.name) for slot in self._free_slots(trainer))
+            self._tell(trainer.conn, LayoutOpened(trainer.segment_bytes, paths))
             self._report_rank(trainer, now)
             if all(t.segment_bytes for t in self.trainers.values() if t.job == trainer.job):
                 self._bereft.discard(trainer.job)
@@ -859,9 +868,13 @@ class Lifecycle:
 
     def _restore_again(self, name: str, id: SnapshotId, rank: int) -> None:
         """Somebody may wait for what was to be in the slot `name`: now it is there, or never."""
-        trainer = self.trainers.get(self._restoring.pop(name, -1))
-        if trainer is not None:
+        for trainer in self._waiting_for(name):
             self._restore(trainer, Restore(trainer.life, id, rank))
+
+    def _waiting_for(self, name: str) -> list[Trainer]:
+        """Those who wait for the segment in this slot, and do so no longer."""
+        conns = sorted(self._restoring.pop(name, ()))
+        return [self.trainers[conn] for conn in conns if conn in self.trainers]
 
     def _reuse(self, slot: Slot, now: float) -> None:
         """A segment's slot is free: it goes to a trainer that lacks one, or is given back."""
@@ -903,35 +916,41 @@ class Lifecycle:
     def _fetched(self, event: ev.Fetched) -> None:
         slot = self.slots[event.name]
         del self._fetches[event.name]
-        trainer = self.trainers.get(self._restoring.pop(event.name, -1))
+        waiting = self._waiting_for(event.name)
         id = slot.id
         if slot.doomed:
             self._release(slot)
         elif slot.use is Use.FETCHING:
             slot.move(Use.SEALED)
         if slot.use is not Use.SEALED or id is None:
-            if trainer is not None:
+            for trainer in waiting:
                 self._tell(trainer.conn, Rejected("Gone", "the snapshot was dropped meanwhile"))
             return
         self._report(Holds(self._holding(id)))
-        if trainer is not None:
+        if waiting:
             self._report(
                 SegmentReady(
-                    id.job, trainer.life, slot.rank, id, event.fetched_cells, event.rebuilt_cells
+                    id.job,
+                    waiting[0].life,
+                    slot.rank,
+                    id,
+                    event.fetched_cells,
+                    event.rebuilt_cells,
                 )
             )
-            self._tell(trainer.conn, Restored(id, self._path(slot.name)))
+        for trainer in waiting:
+            self._tell(trainer.conn, Restored(id, slot.rank, self._path(slot.name)))
 
     def _fetch_failed(self, event: ev.FetchFailed) -> None:
         slot = self.slots[event.name]
         life = self._fetches.pop(event.name)
-        trainer = self.trainers.get(self._restoring.get(event.name, -1))
         self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
-        if trainer is None or trainer.life == life or slot.doomed:
-            # One that came later is not told: its own grant may know of better places.
-            self._restoring.pop(event.name, None)
-            if trainer is not None:
+        for trainer in self._waiting_for(event.name):
+            if trainer.life == life or slot.doomed:
                 self._tell(trainer.conn, Rejected(event.kind, event.reason))
+            else:
+                # One that came later is not told: its own grant may know of better places.
+                self._restoring.setdefault(event.name, set()).add(trainer.conn)
         if slot.use is Use.FETCHING or slot.doomed:
             slot.broken = slot.use is Use.FETCHING
             self._release(slot)
@@ -955,6 +974,7 @@ class Lifecycle:
             free_slots=0 if trainer.opening else len(self._free_slots(trainer)),
             seen_step=trainer.seen_step,
             step=trainer.step,
+            shares=trainer.shares,
         )
 
     def _report_rank(self, trainer: Trainer, now: float) -> None:
@@ -1031,7 +1051,8 @@ class Lifecycle:
         return (
             f"node {self.identity.node} needs {needed} more bytes {what}; {self.used_bytes} bytes "
             f"are in use and the limit is {self.identity.memory_limit_bytes}; start its agent with "
-            f"--memory-limit {self.used_bytes + needed} or more"
+            f"--memory-limit {self.used_bytes + needed} or more (the embedded one, after `ckptd "
+            f"stop`, with CKPTD_MEMORY_LIMIT={self.used_bytes + needed})"
         )
 
     def _problem(self, text: str) -> None:

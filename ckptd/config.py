@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ckptd.errors import ConfigError
 from ckptd.ids import check_job_id
@@ -20,7 +21,7 @@ class TrainerConfig:
     job: str
     """Job id; the same after every restart."""
     agent: str
-    """Path of the Unix socket of this node's agent."""
+    """Path of the Unix socket of this node's agent; "" for the embedded one."""
 
 
 def trainer_config(
@@ -28,7 +29,8 @@ def trainer_config(
 ) -> TrainerConfig:
     """Arguments over environment. Raises ConfigError for what is missing or unusable.
 
-    The job id is looked for in `CKPTD_JOB`, then torchrun's `--rdzv-id`, then Slurm's job id.
+    The job id is looked for in `CKPTD_JOB`, then torchrun's `--rdzv-id`, then Slurm's job id. A job
+    on one machine needs no agent: it gets the embedded one.
     """
     found = job
     for variable in (ENV_JOB, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
@@ -37,8 +39,32 @@ def trainer_config(
     if agent is None:
         agent = environ.get(ENV_AGENT)
     if not agent:
+        _check_one_machine(environ)
+    return TrainerConfig(check_job_id(found or ""), agent or "")
+
+
+def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the embedded agent of this user and machine has its socket, locks and log."""
+    base = environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "ckptd" if base else Path(f"/tmp/ckptd-{os.getuid()}")
+
+
+def _check_one_machine(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError if the launcher says that the job spans several machines.
+
+    Each of them would start an embedded agent that knows nothing of the others.
+    """
+    machines = _number(environ, "GROUP_WORLD_SIZE") or _number(environ, "SLURM_STEP_NUM_NODES")
+    ranks, here = _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_WORLD_SIZE")
+    if machines > 1 or 0 < here < ranks:
+        seen = f"{machines} machines" if machines > 1 else f"{here} of {ranks} ranks on this one"
         raise ConfigError(
-            "no agent is configured: start one on this node with `ckptd agent --socket PATH ...`, "
-            f"then set {ENV_AGENT}=PATH, or pass Checkpointer(agent=PATH)"
+            f"no agent is configured, and the job spans several machines ({seen}): start "
+            "`ckptd agent --socket PATH --coordinator ADDRESS ...` on each of them, then set "
+            f"{ENV_AGENT}=PATH, or pass Checkpointer(agent=PATH)"
         )
-    return TrainerConfig(check_job_id(found or ""), agent)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    return int(value) if value.isdecimal() else 0

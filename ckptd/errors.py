@@ -69,3 +69,7 @@ class Unrecoverable(PeerError):
 
 class InternalError(CkptdError):
     """An invariant of ckptd does not hold; please report it with the log."""
+
+
+class CaptureFailure(CkptdError):
+    """A capture failed, and the Checkpointer is `strict`."""

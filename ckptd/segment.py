@@ -93,7 +93,8 @@ class Layout:
     data_begin: int
     fingerprint: str
     _entries_json: str
-    _chunks_json: str
+    _fixed_json: str
+    """Metadata that is the same in every segment of this layout."""
 
     @property
     def objects_capacity(self) -> int:
@@ -111,15 +112,28 @@ class Layout:
             "world_size": str(world_size),
             "layout": self.fingerprint,
             "objects_bytes": str(objects_bytes),
-            "chunks": self._chunks_json,
         }
-        text = f'{{"{_METADATA_NAME}":{_compact(metadata)},{self._entries_json}}}'.encode()
+        metadata_json = f"{_compact(metadata)[:-1]},{self._fixed_json}}}"
+        text = f'{{"{_METADATA_NAME}":{metadata_json},{self._entries_json}}}'.encode()
         room = self.data_begin - LENGTH_BYTES
         return struct.pack("<Q", room) + text.ljust(room)
 
 
-def plan_layout(specs: Sequence[TensorSpec], objects_capacity: int) -> Layout:
-    """Lay out `specs` and an objects region of `objects_capacity` bytes.
+def plan_layout(
+    specs: Sequence[TensorSpec],
+    objects_capacity: int,
+    *,
+    elsewhere: Sequence[tuple[TensorSpec, int]] = (),
+    shares: Sequence[tuple[int, ...]] = (),
+    structure: str = "{}",
+) -> Layout:
+    """Lay out `specs` and an objects region of at least `objects_capacity` bytes.
+
+    `shares`: for each set of ranks that divide among them what they hold alike, the ranks;
+    `elsewhere`: tensors that this rank holds, and of which other segments have the whole or a part,
+    each with the number of its share. `structure`: a JSON document that goes into the metadata as
+    it is. The size is rounded up a little, so that ranks with nearly the same state have slots of
+    one size.
 
     Raises ValueError for two tensors of one name, or a name that the format keeps for itself.
     """
@@ -140,11 +154,6 @@ def plan_layout(specs: Sequence[TensorSpec], objects_capacity: int) -> Layout:
             "data_offsets": [position, end],
         }
         position = end
-    entries[OBJECTS_NAME] = {
-        "dtype": "U8",
-        "shape": [objects_capacity],
-        "data_offsets": [position, position + objects_capacity],
-    }
     chunks = {
         spec.key: {
             "name": spec.name,
@@ -155,10 +164,22 @@ def plan_layout(specs: Sequence[TensorSpec], objects_capacity: int) -> Layout:
         for spec in ordered
         if spec.offset is not None or spec.aliases
     }
-    entries_json = _compact(entries)[1:-1]
-    chunks_json = _compact(chunks)
-    text_bytes = len(entries_json) + len(_compact(chunks_json)) + _METADATA_RESERVE_BYTES
+    fixed = {
+        "chunks": _compact(chunks),
+        "elsewhere": _compact([{**_spec_json(spec), "share": share} for spec, share in elsewhere]),
+        "shares": _compact(shares),
+        "structure": structure,
+    }
+    fixed_json = _compact(fixed)[1:-1]
+    text_bytes = len(_compact(entries)) + len(fixed_json) + _METADATA_RESERVE_BYTES
     data_begin = -(-(LENGTH_BYTES + text_bytes) // _HEADER_ALIGN_BYTES) * _HEADER_ALIGN_BYTES
+    objects_capacity = _rounded(data_begin + position + objects_capacity) - data_begin - position
+    entries[OBJECTS_NAME] = {
+        "dtype": "U8",
+        "shape": [objects_capacity],
+        "data_offsets": [position, position + objects_capacity],
+    }
+    entries_json = _compact(entries)[1:-1]
     if data_begin > _HEADER_LIMIT_BYTES:
         raise ValueError(
             f"{len(specs)} tensors need a header of {data_begin} bytes, over the limit"
@@ -173,9 +194,37 @@ def plan_layout(specs: Sequence[TensorSpec], objects_capacity: int) -> Layout:
         objects_begin=objects_begin,
         size_bytes=objects_begin + objects_capacity,
         data_begin=data_begin,
-        fingerprint=f"{digest((entries_json + chunks_json).encode()):016x}",
+        fingerprint=f"{digest((entries_json + fixed_json).encode()):016x}",
         _entries_json=entries_json,
-        _chunks_json=chunks_json,
+        _fixed_json=fixed_json,
+    )
+
+
+def _rounded(size_bytes: int) -> int:
+    """Up to the next of 128 sizes between two powers of two (pages, for small ones)."""
+    unit = max(_HEADER_ALIGN_BYTES, 1 << max(0, size_bytes.bit_length() - 8))
+    return -(-size_bytes // unit) * unit
+
+
+def _spec_json(spec: TensorSpec) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": spec.name, "dtype": spec.dtype, "shape": spec.shape}
+    if spec.global_shape is not None:
+        found["global_shape"] = spec.global_shape
+    if spec.offset is not None:
+        found["offset"] = spec.offset
+    if spec.aliases:
+        found["aliases"] = spec.aliases
+    return found
+
+
+def _spec_of(entry: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(
+        name=entry["name"],
+        dtype=entry["dtype"],
+        shape=tuple(entry["shape"]),
+        global_shape=tuple(entry["global_shape"]) if "global_shape" in entry else None,
+        offset=tuple(entry["offset"]) if "offset" in entry else None,
+        aliases=tuple(entry.get("aliases", ())),
     )
 
 
@@ -191,6 +240,11 @@ class Header:
     objects_begin: int
     objects_bytes: int
     size_bytes: int
+    elsewhere: tuple[tuple[TensorSpec, int], ...] = ()
+    """Tensors of this rank of which the whole or a part is in other segments; index in `shares`."""
+    shares: tuple[tuple[int, ...], ...] = ()
+    """Ranks whose segments have them; one entry for each set of ranks that share."""
+    structure: str = "{}"
 
     def by_name(self) -> dict[str, list[Placed]]:
         """Chunks by the tensor's own name, aliases included."""
@@ -230,15 +284,7 @@ def parse_header(segment: Buffer, what: str) -> Header:
         tensors = {}
         position = 0
         for key, entry in header.items():
-            chunk = chunks.get(key, {})
-            spec = TensorSpec(
-                name=chunk.get("name", key),
-                dtype=entry["dtype"],
-                shape=tuple(entry["shape"]),
-                global_shape=tuple(chunk["global_shape"]) if "global_shape" in chunk else None,
-                offset=tuple(chunk["offset"]) if "offset" in chunk else None,
-                aliases=tuple(chunk.get("aliases", ())),
-            )
+            spec = _spec_of({"name": key, **entry, **chunks.get(key, {})})
             begin, end = entry["data_offsets"]
             # `plan_layout` writes tensors in the order in which they lie, without holes.
             if not _is_shape(spec.shape) or (begin, end) != (position, position + spec.size_bytes):
@@ -250,6 +296,17 @@ def parse_header(segment: Buffer, what: str) -> Header:
         size_bytes = data_begin + objects["data_offsets"][1]
         if size_bytes != len(segment):
             raise CorruptData(f"{what} has {len(segment)} bytes, its header says {size_bytes}")
+        shares = tuple(tuple(ranks) for ranks in json.loads(metadata["shares"]))
+        if any(type(rank) is not int or rank < 0 for ranks in shares for rank in ranks):
+            raise CorruptData(f"{what} names ranks that cannot be: {shares}")
+        elsewhere = tuple(
+            (_spec_of(entry), entry["share"]) for entry in json.loads(metadata["elsewhere"])
+        )
+        if any(
+            not _is_shape(spec.shape) or share not in range(len(shares))
+            for spec, share in elsewhere
+        ):
+            raise CorruptData(f"{what} names tensors in segments that it does not name")
         objects_begin = data_begin + position
         objects_bytes = int(metadata["objects_bytes"])
         if (
@@ -266,6 +323,9 @@ def parse_header(segment: Buffer, what: str) -> Header:
             objects_begin=objects_begin,
             objects_bytes=objects_bytes,
             size_bytes=size_bytes,
+            elsewhere=elsewhere,
+            shares=shares,
+            structure=metadata["structure"],
         )
     except _DAMAGE as error:
         raise CorruptData(f"{what} has a damaged header: {error!r}") from error

@@ -61,11 +61,23 @@ class Resumed(Message, frozen=True):
     step: Count
 
 
+class Share(msgspec.Struct, frozen=True):
+    """State that this rank divides with others, each saving a part; they must divide alike.
+
+    `group` stands for the set of `ranks` ranks, `tape` for what they divide.
+    """
+
+    group: int
+    ranks: Count
+    tape: int
+
+
 class OpenLayout(Message, frozen=True):
     """Ask for slots of `size_bytes` for segments of this layout."""
 
     life: Count
     size_bytes: Count
+    shares: tuple[Share, ...] = ()
 
 
 class Progress(Message, frozen=True):
@@ -134,16 +146,24 @@ class Waiting(Message, frozen=True):
 
 
 class Restored(Message, frozen=True):
-    """Answer to Restore: the segment lies, verified, at `path`."""
+    """Answer to Restore: the segment of `rank` lies, verified, at `path`."""
 
     id: SnapshotId
+    rank: Count
     path: str
 
 
 class LayoutOpened(Message, frozen=True):
-    """Answer to OpenLayout: the memory is there."""
+    """Answer to OpenLayout: the memory is there; `paths` are its slots as far as they are free."""
 
     size_bytes: Count
+    paths: tuple[str, ...] = ()
+
+
+class SaveAll(Message, frozen=True):
+    """The ranks do not agree on what they divide: each saves all that it has from now on."""
+
+    reason: str
 
 
 class Ticket(Message, frozen=True):
@@ -164,7 +184,16 @@ class Detached(Message, frozen=True):
 
 
 AgentToTrainer = (
-    Attached | Rejected | Granted | Waiting | Restored | LayoutOpened | Ticket | Revoked | Detached
+    Attached
+    | Rejected
+    | Granted
+    | Waiting
+    | Restored
+    | LayoutOpened
+    | SaveAll
+    | Ticket
+    | Revoked
+    | Detached
 )
 
 
@@ -199,6 +228,7 @@ class RankState(msgspec.Struct, frozen=True):
     free_slots: Count
     seen_step: Count
     step: Count
+    shares: tuple[Share, ...] = ()
 
 
 class Hello(Message, frozen=True):
@@ -379,6 +409,14 @@ class TakeSnapshot(Message, frozen=True):
     id: SnapshotId
 
 
+class Undivide(Message, frozen=True):
+    """The ranks of `life` do not agree on what they divide: each must save all that it has."""
+
+    job: JobId
+    life: Count
+    reason: str
+
+
 class Protect(Message, frozen=True):
     """Every rank has sealed: encode. `cells` gives each node's cell server."""
 
@@ -421,6 +459,7 @@ CoordinatorMessage = (
     | ResumeWaits
     | Record
     | TakeSnapshot
+    | Undivide
     | Protect
     | Commit
     | Drop

@@ -16,8 +16,10 @@ from ckptd.agent.store import read_segment_sidecar, verify_cells
 from ckptd.errors import CorruptData, StateMismatch, UnsavableState
 from ckptd.ids import SnapshotId
 from ckptd.segment import LENGTH_BYTES, parse_header, sidecar_path
-from ckptd.trainer import copier
+from ckptd.trainer import capture as capturing
+from ckptd.trainer import loading
 from ckptd.trainer.capture import Capture, CaptureError, LayoutChanged
+from ckptd.trainer.cpu import CpuCopies
 from ckptd.trainer.objects import load_objects
 from ckptd.trainer.state import LiveState
 
@@ -174,7 +176,7 @@ class Slots:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.sealed: list[SnapshotId] = []
-        self.failed: list[tuple[SnapshotId, str]] = []
+        self.failed: list[tuple[SnapshotId, str, str]] = []
 
     def engine(self, run: Run) -> Capture:
         return Capture(run.state, 0, 1, self.sealed.append, lambda *args: self.failed.append(args))
@@ -187,7 +189,7 @@ class Slots:
     def take(self, run: Run, step: int = 7) -> Path:
         """Capture `run` as it is now."""
         capture = self.engine(run)
-        path = self.make(capture.plan(step).size_bytes)
+        path = self.make(capture.lay_out(step).layout.size_bytes)
         capture.begin(SnapshotId("job", 1, step), str(path), CELL_BYTES)
         capture.wait_sealed()
         assert self.failed == []
@@ -208,8 +210,9 @@ def load(run: Run, path: Path) -> int:
     header = parse_header(segment, path.name)
     end = header.objects_begin + header.objects_bytes
     objects = load_objects(bytes(segment[header.objects_begin : end]))
-    run.state.check_fits(header, objects, "the snapshot")
-    run.state.load(header, segment, objects)
+    saved = loading.SavedState(loading.OpenSegment(header, segment), [], objects)
+    loading.check_fits(run.state, saved, "the snapshot")
+    loading.load(run.state, saved)
     step: int = objects["step"]
     return step
 
@@ -299,7 +302,7 @@ class TestThereAndBack:
         run = MAKERS["adamw-foreach"]()
         run.train(1)
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         for step in range(1, 5):
             run.train(1)
             capture.begin(SnapshotId("job", 1, step), str(path), CELL_BYTES)
@@ -316,7 +319,7 @@ class TestThereAndBack:
     ) -> None:
         run = MAKERS["sgd"]()
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         capture.begin(SnapshotId("job", 1, 1), str(path), cell_bytes)
         capture.wait_sealed()
         verify_cells(path, read_segment_sidecar(path))
@@ -414,7 +417,7 @@ class TestDoesNotFit:
 class TestCannotBeCaptured:
     def plan(self, run: Run, slots: Slots) -> str:
         with pytest.raises(UnsavableState) as caught:
-            slots.engine(run).plan(1)
+            slots.engine(run).lay_out(1)
         return str(caught.value)
 
     def test_a_dtype_that_safetensors_lacks(self, slots: Slots) -> None:
@@ -463,14 +466,14 @@ class TestChanges:
 
     def test_state_that_appears_is_a_change_of_layout(self, run: Run, slots: Slots) -> None:
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         run.train(1)
         with pytest.raises(LayoutChanged, match=r"changed: optimizer\.conv\.bias\.exp_avg is new;"):
             self.begin(capture, path)
-        assert capture.plan(2).size_bytes > path.stat().st_size
+        assert capture.lay_out(2).layout.size_bytes > path.stat().st_size
         with pytest.raises(CaptureError, match=r"slot .* has \d+ bytes, not \d+"):
             self.begin(capture, path)
-        self.begin(capture, slots.make(capture.plan(2).size_bytes, "other.safetensors"))
+        self.begin(capture, slots.make(capture.lay_out(2).layout.size_bytes, "other.safetensors"))
         capture.wait_sealed()
         assert slots.sealed == [SnapshotId("job", 1, 2)]
 
@@ -486,21 +489,28 @@ class TestChanges:
         model, log = nn.Linear(1, 1), Log()
         run = Run(model, {"sgd": torch.optim.SGD(model.parameters())}, {"log": log})
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         log.lines = ["x" * 100_000]
+        self.begin(capture, path)
+        capture.wait_sealed()
+        assert "state has grown to 1" in capture.outgrown
+        assert slots.failed == [(SnapshotId("job", 1, 2), "dropped", capture.outgrown)]
         with pytest.raises(LayoutChanged, match=r"state has grown to \d+ bytes, \d+ were reserved"):
             self.begin(capture, path)
+        self.begin(capture, slots.make(capture.lay_out(1).layout.size_bytes, "larger.safetensors"))
+        capture.wait_sealed()
+        assert slots.sealed == [SnapshotId("job", 1, 2)]
 
     def test_a_slot_that_is_not_there(self, run: Run, slots: Slots) -> None:
         capture = slots.engine(run)
-        capture.plan(1)
+        capture.lay_out(1)
         with pytest.raises(CaptureError, match="cannot map the slot"):
             self.begin(capture, slots.directory / "none.safetensors")
 
     def test_a_slot_that_the_agent_made_anew(self, run: Run, slots: Slots) -> None:
         """It is mapped anew, and the old one is let go: a mapping keeps its memory."""
         capture = slots.engine(run)
-        size_bytes = capture.plan(1).size_bytes
+        size_bytes = capture.lay_out(1).layout.size_bytes
         first = slots.make(size_bytes)
         self.begin(capture, first)
         capture.wait_sealed()
@@ -515,21 +525,28 @@ class TestChanges:
         assert str(first) not in maps
 
 
+@pytest.fixture
+def lazily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No capture is audited: all are copied in the background, from the first."""
+    monkeypatch.setattr(capturing, "AUDITED_FIRST", 0)
+
+
 class SlowCopier:
-    """Holds up the copy of the first settled tensor until it is let go."""
+    """Holds up the copy of the first cell in the background until it is let go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
-        self._copy = copier.copy
-        monkeypatch.setattr(copier, "copy", self)
+        self._copy = CpuCopies._copy
+        monkeypatch.setattr(CpuCopies, "_copy", lambda copies, cell: self.copy(copies, cell))
 
-    def __call__(self, source: torch.Tensor, slot: memoryview, begin: int, end: int) -> None:
+    def copy(self, copies: CpuCopies, cell: int) -> None:
         if threading.current_thread().name == "ckptd-capture":
             self.begun.set()
             assert self.go.wait(DEADLINE_S)
-        self._copy(source, slot, begin, end)
+        self._copy(copies, cell)
 
 
+@pytest.mark.usefixtures("lazily")
 class TestTheGate:
     @pytest.fixture
     def slow(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowCopier]:
@@ -548,7 +565,7 @@ class TestTheGate:
             capture.gate()
 
         run.optimizers["optimizer"].register_step_pre_hook(gate)
-        path = slots.make(capture.plan(2).size_bytes)
+        path = slots.make(capture.lay_out(2).layout.size_bytes)
         before = run.bits()
         capture.begin(SnapshotId("job", 1, 2), str(path), CELL_BYTES)
         assert slow.begun.wait(DEADLINE_S)
@@ -577,18 +594,17 @@ class TestTheGate:
         slots.engine(MAKERS["sgd"]()).gate()
 
     def test_opens_when_the_copy_fails(self, monkeypatch: pytest.MonkeyPatch, slots: Slots) -> None:
-        def fail(source: torch.Tensor, slot: memoryview, begin: int, end: int) -> None:
-            if threading.current_thread().name == "ckptd-capture":
-                raise RuntimeError("the device is gone")
+        def fail(copies: CpuCopies, cell: int) -> None:
+            raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr(copier, "copy", fail)
+        monkeypatch.setattr(CpuCopies, "land", fail)
         run = MAKERS["sgd"]()
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         capture.begin(SnapshotId("job", 1, 1), str(path), CELL_BYTES)
         capture.gate()
         capture.wait_sealed()
-        assert slots.failed == [(SnapshotId("job", 1, 1), "the device is gone")]
+        assert slots.failed == [(SnapshotId("job", 1, 1), "dropped", "the device is gone")]
         with pytest.raises(CorruptData, match="was not sealed"):
             read_segment_sidecar(path)
 
@@ -600,7 +616,7 @@ class TestTheGate:
 
         run = MAKERS["sgd"]()
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         monkeypatch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(CaptureError, match="cannot start the thread"):
             capture.begin(SnapshotId("job", 1, 1), str(path), CELL_BYTES)
@@ -620,7 +636,7 @@ class TestDeathInTheMiddle:
         model = nn.Linear(40, 40)
         run = Run(model, {"sgd": torch.optim.SGD(model.parameters(), lr=0.1)})
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         if before == "sealed slot":
             capture.begin(SnapshotId("job", 1, 1), str(path), CELL_BYTES)
             capture.wait_sealed()
@@ -649,7 +665,7 @@ class TestDeathInTheMiddle:
     def test_the_points_are_all_there_are(self, slots: Slots) -> None:
         run, seen = MAKERS["sgd"](), []
         capture = slots.engine(run)
-        path = slots.make(capture.plan(1).size_bytes)
+        path = slots.make(capture.lay_out(1).layout.size_bytes)
         capture.at_point = seen.append
         capture.begin(SnapshotId("job", 1, 1), str(path), CELL_BYTES)
         capture.wait_sealed()

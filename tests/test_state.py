@@ -17,6 +17,7 @@ from ckptd.errors import StateMismatch
 from ckptd.ids import SnapshotId
 from ckptd.segment import parse_header
 from ckptd.trainer.capture import Capture
+from ckptd.trainer.loading import OpenSegment, SavedState, check_fits, load
 from ckptd.trainer.objects import load_objects
 from ckptd.trainer.state import LiveState
 
@@ -36,7 +37,7 @@ def there_and_back(state: LiveState, fresh: LiveState, directory: Path) -> None:
     failures: list[object] = []
     capture = Capture(state, 0, 1, lambda _: None, lambda *why: failures.append(why))
     path = directory / "slot.safetensors"
-    path.write_bytes(bytes(capture.plan(1).size_bytes))
+    path.write_bytes(bytes(capture.lay_out(1).layout.size_bytes))
     capture.begin(SnapshotId("job", 1, 1), str(path), 4096)
     capture.wait_sealed()
     assert failures == []
@@ -45,8 +46,9 @@ def there_and_back(state: LiveState, fresh: LiveState, directory: Path) -> None:
     header = parse_header(segment, "it")
     end = header.objects_begin + header.objects_bytes
     objects = load_objects(bytes(segment[header.objects_begin : end]))
-    fresh.check_fits(header, objects, "the snapshot")
-    fresh.load(header, segment, objects)
+    saved = SavedState(OpenSegment(header, segment), [], objects)
+    check_fits(fresh, saved, "the snapshot")
+    load(fresh, saved)
 
 
 class TestItems:

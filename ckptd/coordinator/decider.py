@@ -6,7 +6,7 @@ the order sent; an order that follows from a report is never sent before the rep
 All times are monotonic seconds.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -51,11 +51,13 @@ from ckptd.wire import (
     SegmentReady,
     SnapshotFailed,
     TakeSnapshot,
+    Undivide,
     Welcome,
     WhoAreYou,
 )
 
 _REPEAT_WAITING_S = 2.0
+_DISAGREE_S = 1.0  # ranks that change together report within moments of each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Settings:
     """How often an agent says that it is alive, in seconds."""
     lease_s: float = 4.0
     """A node that was silent for so long is lost, in seconds."""
+    settle_s: float | None = None
+    """How long after the start there may be nodes yet unheard, in seconds; None: the lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,12 +363,17 @@ class Coordinator:
     def _rank_report(self, node: str, state: RankState, now: float) -> None:
         job = self._job(state.job)
         key = (state.round, state.rank)
-        new = key not in job.attachments
+        before = job.attachments.get(key)
+        new = before is None
         if state.life and state.life == job.life and not job.round:
             self._recognise(job, state)
         if job.round and job.round != state.round and 0 < state.life < job.life:
             return  # an old life that woke up: nothing of it counts
+        before = job.attachments.get(key)
         job.attachments[key] = Attachment(node, state)
+        if before is not None and before.state.shares != state.shares and state.life == job.life:
+            # What it captures from now on does not fit to what others captured with it before.
+            self._end_open(job, f"rank {state.rank} has a new layout", now)
         if new:
             job.pacer.every = max(1, state.every)
         if job.round == state.round:
@@ -379,6 +388,8 @@ class Coordinator:
                     job.pacer.start(state.step, now)
         if state.life == job.life and state.life:
             job.pacer.observe(state.step, now)
+            if before is not None and before.state.seen_step < state.seen_step:
+                job.pacer.arrived(state.seen_step, state.step)
             self._try_ticket(job, now)
         if new:
             self._event(
@@ -485,12 +496,37 @@ class Coordinator:
             unseen = sum(step > state.seen_step for step in open_steps)
             if state.free_slots - unseen < 1:
                 return
+        if not self._agree(job, ranks, now):
+            return
         # The coordinator before this one may have issued tickets, too.
         used = max([state.seen_step for state in ranks] + [s.id.step for s in ours])
         id = SnapshotId(job.name, job.life, job.pacer.next_step(now, used))
         job.snapshots[id] = Snapshot(id, job.world_size, State.TICKETED, now, now)
         for node in sorted(self._job_nodes(job)):
             self._send(node, TakeSnapshot(id))
+
+    def _agree(self, job: Job, ranks: list[RankState], now: float) -> bool:
+        """Whether all ranks divide alike what they share; if not for long, none shall divide."""
+        found = Counter(share for state in ranks for share in state.shares)
+        odd = next((share for share, count in found.items() if count != share.ranks), None)
+        if odd is None:
+            job.disagree_since = None
+            return True
+        if job.disagree_since is None:
+            job.disagree_since = now
+        elif now - job.disagree_since >= _DISAGREE_S:
+            job.disagree_since = now
+            reason = f"only {found[odd]} of {odd.ranks} ranks that should hold the same tensors do"
+            self._event(now, "undivided", job.name, f"{job.name}: every rank saves all: {reason}")
+            for node in sorted(self._job_nodes(job)):
+                self._send(node, Undivide(job.name, job.life, reason))
+        return False
+
+    def _end_open(self, job: Job, reason: str, now: float) -> None:
+        """Drop what the life that runs has not sealed yet."""
+        for snapshot in list(job.snapshots.values()):
+            if snapshot.state in (State.TICKETED, State.CAPTURING) and snapshot.id.life == job.life:
+                self._end(job, snapshot, State.DROPPED, reason, now)
 
     def _drop_orphans(self, job: Job, seen_step: int, now: float) -> None:
         """Give up captures that nobody will complete; all ranks have seen tickets to `seen_step`.
@@ -518,7 +554,7 @@ class Coordinator:
         if snapshot.state is State.PROTECTED:
             return
         if message.outcome == "skipped":
-            job.pacer.missed()
+            job.pacer.missed(message.id.step)
         state = State(message.outcome)
         if snapshot.state is State.SEALED:
             self._give_up(job, snapshot, f"{node}: {message.reason}", now)
@@ -607,7 +643,7 @@ class Coordinator:
             if len(held) == snapshot.world_size or snapshot.manifest is not None:
                 snapshot.move(State.SEALED, now)
                 if snapshot.id.life == job.life:
-                    job.pacer.met()
+                    job.pacer.met(snapshot.id.step)
             elif snapshot.state is State.TICKETED:
                 snapshot.move(State.CAPTURING, now)
         if snapshot.state is not State.SEALED:
@@ -886,7 +922,8 @@ class Coordinator:
     @property
     def _settled_at(self) -> float:
         """From then on, a node that has not been heard of is lost."""
-        return self.started_at + self.settings.lease_s
+        settle_s = self.settings.settle_s
+        return self.started_at + (self.settings.lease_s if settle_s is None else settle_s)
 
     def _job(self, name: str) -> Job:
         if name not in self.jobs:

@@ -137,6 +137,8 @@ class Job:
     """Ranks of `life` that said that the job is finished."""
     left: set[int] = field(default_factory=set)
     """Ranks of `life` that detached on purpose."""
+    disagree_since: float | None = None
+    """Since when the ranks of `life` do not divide alike what they share."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,26 +3,29 @@
 import logging
 import mmap
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
 import msgspec
 import torch
+import torch.distributed as dist
 
 from ckptd import errors
 from ckptd.config import trainer_config
-from ckptd.errors import CkptdError, ConfigError, CorruptData, StateMismatch
+from ckptd.errors import CaptureFailure, CkptdError, ConfigError, CorruptData, StateMismatch
 from ckptd.ids import SnapshotId
 from ckptd.segment import parse_header
+from ckptd.trainer import embedded
 from ckptd.trainer.agreement import Agreement
-from ckptd.trainer.capture import Capture, LayoutChanged
+from ckptd.trainer.capture import Capture, CaptureStats, LayoutChanged
 from ckptd.trainer.client import AgentClient
+from ckptd.trainer.loading import OpenSegment, SavedState, check_fits, load
 from ckptd.trainer.objects import load_objects
 from ckptd.trainer.state import LiveState, Stateful
-from ckptd.wire import Attach, OpenLayout, Resumed, Ticket
+from ckptd.wire import Attach, OpenLayout, Outcome, Resumed, Ticket
 
 log = logging.getLogger("ckptd")
 
@@ -66,6 +69,11 @@ class Checkpointer:
         job: str | None = None,
         agent: str | None = None,
         slots: int = 2,
+        replicas: Literal["once", "all"] = "once",
+        replicated_over: "Sequence[int] | dist.ProcessGroup | None" = None,
+        audit_every: int = 100,
+        rate_bytes_per_s: float | None = None,
+        strict: bool = False,
         resume_timeout_s: float = 600.0,
     ) -> None:
         """Connects to nothing yet.
@@ -73,11 +81,31 @@ class Checkpointer:
         `optimizer`: one, or several by name. `extra`: objects with `state_dict()` and
         `load_state_dict()`, such as schedulers and data loaders. `every`: at least so many steps
         between snapshots. `job`: the job's id, the same after every restart (or `CKPTD_JOB`).
-        `agent`: the Unix socket of this node's agent (or `CKPTD_AGENT`). `slots`: places for
+        `agent`: the Unix socket of this node's agent (or `CKPTD_AGENT`); without one, an agent
+        for this machine is started, or found again, by `resume()`. `slots`: places for
         segments; a third one lets capture and protection overlap, for one more copy of the state
-        in memory. `resume_timeout_s`: how long `resume()` waits for the cluster before it raises.
+        in memory.
 
-        Raises ConfigError for a job id or an agent that is missing or unusable, and
+        `replicas`: with "once", what several ranks hold alike (under DDP, or with a Replicate
+        dimension of a DTensor) is divided among them: each copies and keeps its part only, and
+        `resume()` needs the segments of all. With "all", each rank keeps all of it: as many times
+        the copies and the memory, but `resume()` needs no other rank's segment. `replicated_over`:
+        the ranks, or the process group, over which plain tensors are the same where no wrapper
+        says so.
+
+        `audit_every`: the first three captures of a layout, and then each so many-th, compare
+        every byte with the copy at the next gate, to find writes to captured tensors that pass
+        neither an optimizer nor `gate()`; the others compare samples: 64 bytes of each MiB, at most
+        16 times a tensor. A write to the share *f* of a tensor, in one run, is missed by *n*
+        samples with the probability (1 - f)^n: eight rows of a large embedding nearly always, a
+        change to all of it never. 0: no full comparison after the first three.
+
+        `rate_bytes_per_s`: copy at most so fast in the background; what the gate waits for is
+        copied at full speed. `strict`: a capture that fails raises CaptureFailure in the next
+        `step()`, instead of costing a snapshot. `resume_timeout_s`: how long `resume()` waits for
+        the cluster before it raises.
+
+        Raises ConfigError for an argument, a job id or an agent that is missing or unusable, and
         UnsavableState for an `extra` object without the two methods.
         """
         if every < 1:
@@ -86,13 +114,24 @@ class Checkpointer:
             raise ConfigError(
                 f"slots={slots}: one holds the snapshot, one takes the next: 2 or more"
             )
+        if replicas not in ("once", "all"):
+            raise ConfigError(f'replicas={replicas!r}: "once" or "all"')
+        if audit_every < 0:
+            raise ConfigError(f"audit_every={audit_every}: captures, or 0 for never")
+        if rate_bytes_per_s is not None and not rate_bytes_per_s > 0:
+            raise ConfigError(f"rate_bytes_per_s={rate_bytes_per_s}: more than 0, or None")
         self._config = trainer_config(job, agent)
         self._optimizers = (
             dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
         )
-        self._state = LiveState(model, self._optimizers, extra or {})
+        ranks = _ranks(replicated_over)
+        self._state = LiveState(model, self._optimizers, extra or {}, ranks)
+        self._once, self._audit_every = replicas == "once", audit_every
+        self._rate_bytes_per_s, self._strict = rate_bytes_per_s, strict
+        self._failure = ""
+        """Why a capture failed, to be raised in the next step()."""
         self._every, self._slots, self._resume_timeout_s = every, slots, resume_timeout_s
-        self._client = AgentClient(self._config.agent)
+        self._client = AgentClient(self._config.agent or str(embedded.places().socket))
         self._agreement: Agreement | None = None
         self._capture: Capture | None = None
         self._life = 0
@@ -112,6 +151,11 @@ class Checkpointer:
     def job(self) -> str:
         """The job's id."""
         return self._config.job
+
+    @property
+    def stats(self) -> CaptureStats:
+        """What the captures of this rank have come to so far."""
+        return self._capture.stats if self._capture is not None else CaptureStats()
 
     def resume(self) -> int:
         """Load the newest snapshot that can be restored; returns the step to continue from.
@@ -148,7 +192,10 @@ class Checkpointer:
             agree.rank,
             agree.world_size,
             self._client.sealed,
-            lambda id, reason: self._client.failed(id, "dropped", reason),
+            self._failed,
+            once=self._once,
+            audit_every=self._audit_every,
+            rate_bytes_per_s=self._rate_bytes_per_s,
         )
         if agree.rank == 0:
             self._client.tell(Resumed(self._life, step))
@@ -167,12 +214,20 @@ class Checkpointer:
 
         Call it after `optimizer.step()`. It does not wait for the copy. The first call lays out
         the memory, which takes a moment, and raises UnsavableState or MemoryTooSmall if that
-        cannot be done; later ones never raise: what fails costs a snapshot, not the training.
+        cannot be done; later ones never raise, unless `strict`: what fails costs a snapshot, not
+        the training.
         """
         capture = self._capture
         if capture is None:
             raise ConfigError("call resume() before step()")
+        if self._strict and self._failure:
+            failure, self._failure = self._failure, ""
+            raise CaptureFailure(failure)
         self._step = step
+        if self._client.save_all and capture.once:
+            capture.once, self._layout_due = False, True
+            log.warning("ckptd: every rank saves all that it has: %s", self._client.save_all)
+        self._layout_due = self._layout_due or bool(capture.outgrown)
         if self._layout_due and self._client.connected:
             self._open_layout(capture, step)
         ticket = self._client.progress(step)
@@ -219,6 +274,8 @@ class Checkpointer:
         request = Attach(self.job, round_, agree.rank, agree.world_size, self._every, self._slots)
         failure: CkptdError | None = None
         try:
+            if not self._config.agent:
+                embedded.ensure(deadline)
             self._client.attach(request, deadline)
         except CkptdError as error:
             failure = error
@@ -253,7 +310,7 @@ class Checkpointer:
         rank = self._agreement.rank if self._agreement is not None else 0
         try:
             path = self._client.restore(decision.life, decision.id, rank, deadline)
-            self._load(Path(path), decision.id, rank)
+            self._load(Path(path), decision.id, rank, deadline)
         except Exception as error:  # the other ranks must hear of it, whatever it is
             return f"{type(error).__name__}: rank {rank}: {error}"[:1000].encode()
         return b""
@@ -266,25 +323,35 @@ class Checkpointer:
                 if text.startswith(prefix):
                     raise kind(text.removeprefix(prefix))
 
-    def _load(self, path: Path, id: SnapshotId, rank: int) -> None:
-        what = f"rank {rank}'s segment of {id}"
-        with path.open("rb") as file:
-            # A private map: torch wants writable memory, and nothing must change the segment.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        segment = memoryview(mapped)
-        header = parse_header(segment, what)
-        if (header.id, header.rank) != (id, rank):
-            raise CorruptData(f"{path} holds rank {header.rank} of {header.id}, not {what}")
+    def _load(self, path: Path, id: SnapshotId, rank: int, deadline: float) -> None:
+        own = self._open_segment(path, id, rank)
+        header = own.header
         world_size = self._agreement.world_size if self._agreement is not None else 1
         if header.world_size != world_size:
             raise StateMismatch(
                 f"{id} was taken by {header.world_size} ranks, and {world_size} are running; "
                 "start as many"
             )
+        others = []
+        for other in sorted({other for ranks in header.shares for other in ranks} - {rank}):
+            there = self._client.restore(self._life, id, other, deadline)
+            others.append(self._open_segment(Path(there), id, other))
         end = header.objects_begin + header.objects_bytes
-        objects: dict[str, Any] = load_objects(bytes(segment[header.objects_begin : end]))
-        self._state.check_fits(header, objects, str(id))
-        self._state.load(header, segment, objects)
+        objects = load_objects(bytes(own.data[header.objects_begin : end]))
+        saved = SavedState(own, others, objects)
+        check_fits(self._state, saved, str(id))
+        load(self._state, saved)
+
+    def _open_segment(self, path: Path, id: SnapshotId, rank: int) -> OpenSegment:
+        what = f"rank {rank}'s segment of {id}"
+        with path.open("rb") as file:
+            # A private map: torch wants writable memory, and nothing must change the segment.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = memoryview(mapped)
+        header = parse_header(data, what)
+        if (header.id, header.rank) != (id, rank):
+            raise CorruptData(f"{path} holds rank {header.rank} of {header.id}, not {what}")
+        return OpenSegment(header, data)
 
     # Capturing.
 
@@ -292,8 +359,9 @@ class Checkpointer:
         self._layout_due = False
         first, self._stepped = not self._stepped, True
         try:
-            layout = capture.plan(step)
-            self._client.open_layout(OpenLayout(self._life, layout.size_bytes), monotonic() + 60.0)
+            plan = capture.lay_out(step)
+            request = OpenLayout(self._life, plan.layout.size_bytes, plan.shares)
+            capture.prepare(self._client.open_layout(request, monotonic() + 60.0))
         except errors.AgentUnreachable as error:
             # When it comes back, the client tells it the layout.
             log.warning("ckptd: no snapshots for now: %s", error)
@@ -311,7 +379,19 @@ class Checkpointer:
             self._layout_due = True
         except Exception as error:  # whatever it is, it costs a snapshot, not the training
             log.warning("ckptd: the capture of %s failed: %s", ticket.id, error)
-            self._client.failed(ticket.id, "dropped", str(error))
+            self._failed(ticket.id, "dropped", str(error))
+
+    def _failed(self, id: SnapshotId, outcome: Outcome, reason: str) -> None:
+        self._client.failed(id, outcome, reason)
+        self._failure = f"the capture of {id} failed: {reason}"
 
     def _before_optimizer_step(self, *_: object) -> None:
         self.gate()
+
+
+def _ranks(over: "Sequence[int] | dist.ProcessGroup | None") -> tuple[int, ...]:
+    if over is None:
+        return ()
+    if isinstance(over, dist.ProcessGroup):
+        return tuple(dist.get_process_group_ranks(over))
+    return tuple(over)

@@ -40,6 +40,7 @@ from ckptd.wire import (
     Restore,
     Restored,
     Revoked,
+    SaveAll,
     Sealed,
     Ticket,
     Waiting,
@@ -73,6 +74,8 @@ class AgentClient:
         self._pid = os.getpid()
         self._decoder: Decoder[AgentToTrainer] = Decoder(AgentToTrainer, TRAINER_FRAME_LIMIT_BYTES)
         self.cell_bytes = 0
+        self.save_all = ""
+        """Why this rank shall not divide what it shares with others, once it shall not."""
         self._awaited = False
         self._asked: Message | None = None
         """The request that an answer is awaited for; asked again if the agent was restarted."""
@@ -115,14 +118,21 @@ class AgentClient:
         return granted
 
     def restore(self, life: int, id: SnapshotId, rank: int, deadline: float) -> str:
-        """The path of this rank's verified segment of `id` on this node."""
+        """The path of the verified segment of `rank` of `id` on this node."""
         what = f"rank {rank}'s segment of {id}"
-        return self._ask(Restore(life, id, rank), Restored, deadline, what).path
+        answer = self._ask(Restore(life, id, rank), Restored, deadline, what)
+        while (answer.id, answer.rank) != (id, rank):  # of a question that was asked twice
+            answer = self._wait_for(Restored, deadline, what)
+        return answer.path
 
-    def open_layout(self, request: OpenLayout, deadline: float) -> None:
-        """Have slots for this layout. Raises MemoryTooSmall, which says how much is needed."""
+    def open_layout(self, request: OpenLayout, deadline: float) -> tuple[str, ...]:
+        """Have slots for this layout; returns the paths of those that are free.
+
+        Raises MemoryTooSmall, which says how much is needed.
+        """
         self._layout = request
-        self._ask(request, LayoutOpened, deadline, "the agent to reserve memory", again=False)
+        what = "the agent to reserve memory"
+        return self._ask(request, LayoutOpened, deadline, what, again=False).paths
 
     def detach(self, finished: bool, timeout_s: float) -> None:
         """Say goodbye, and close."""
@@ -285,6 +295,8 @@ class AgentClient:
                     held = self._tickets.pop(message.id.step, None)
                 if held is not None and held.id == message.id:
                     self.failed(message.id, "dropped", "the ticket was revoked")
+            case SaveAll():
+                self.save_all = message.reason
             case Rejected() if not self._awaited:
                 log.warning("ckptd: the agent says: %s", message.reason)
             case _:

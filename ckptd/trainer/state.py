@@ -1,23 +1,29 @@
 """The live state of a rank: tensors by name, and everything else as plain values.
 
 Names follow PyTorch's canonical ones: `model.<parameter>` and `<optimizer>.<parameter>.<key>`,
-without the prefixes that wrappers (DDP, compile, activation checkpointing) add.
+without the prefixes that wrappers (DDP, compile, activation checkpointing) add. A parameter that
+the model does not have is called after its place in the optimizer, and is this rank's own.
 """
 
+import json
+import operator
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from ckptd.errors import ConfigError, StateMismatch, UnsavableState
-from ckptd.segment import Header, Placed, TensorSpec
+from ckptd.errors import ConfigError, UnsavableState
+from ckptd.segment import TensorSpec
 
 _DTYPES = {
     torch.bool: "BOOL",
@@ -51,11 +57,15 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One live tensor to capture; `volatile` ones may change before the next optimizer step."""
+    """One live tensor to capture; `volatile` ones may change before the next optimizer step.
+
+    `ranks` hold it alike, this one included; empty for a tensor that is this rank's own.
+    """
 
     spec: TensorSpec
     local: torch.Tensor
     volatile: bool
+    ranks: tuple[int, ...] = ()
 
 
 class LiveState:
@@ -66,8 +76,16 @@ class LiveState:
         model: nn.Module,
         optimizers: Mapping[str, torch.optim.Optimizer],
         extra: Mapping[str, Stateful],
+        replicated_over: Sequence[int] = (),
     ) -> None:
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        """`replicated_over`: ranks that hold the same plain tensors, where DDP does not say so."""
+        self.model = model
+        self._alike: tuple[int, ...] = tuple(sorted(replicated_over))
+        self._not_alike: set[str] = set()
+        if isinstance(model, DistributedDataParallel):
+            self.model = model.module
+            self._alike = self._alike or _ranks_of(model.process_group)
+            self._not_alike = set(model.parameters_to_ignore)
         self.optimizers = dict(optimizers)
         self.extra = dict(extra)
         for name in self.optimizers:
@@ -84,41 +102,87 @@ class LiveState:
                         "object that has state_dict() and load_state_dict()"
                     )
 
-    # Capturing.
-
     def items(self) -> list[Item]:
         """Every tensor of the model and the optimizers, as it is now."""
         found = [
             Item(_spec("model." + names[0], tensor, tuple("model." + n for n in names[1:])),
-                 _local(tensor), volatile)
-            for names, tensor, volatile in self._model_tensors()
+                 local_of(tensor), volatile,
+                 () if volatile else self._ranks(tensor, names[0]))
+            for names, tensor, volatile in self.model_tensors()
         ]  # fmt: skip
         for prefix, optimizer in self.optimizers.items():
-            names = self._parameter_names(optimizer)
+            names = self.parameter_names(optimizer)
+            own = isinstance(optimizer, ZeroRedundancyOptimizer)  # each rank has other state
             for parameter, state in optimizer.state.items():
                 for key, value in state.items():
                     if isinstance(value, torch.Tensor):
                         scalar = value.dim() == 0 and not value.is_cuda
                         spec = _spec(f"{prefix}.{names[parameter]}.{key}", value, ())
-                        found.append(Item(spec, _local(value), scalar))
+                        alike = not own and value.dim() > 0 and _is_named(names[parameter])
+                        ranks = self._ranks(value, names[parameter]) if alike else ()
+                        found.append(Item(spec, local_of(value), scalar, ranks))
         return found
 
-    def objects(self, step: int) -> dict[str, Any]:
-        """Everything that is not a tensor of the model or an optimizer."""
+    def structure(self) -> str:
+        """What of the optimizers stays as it is from step to step, as JSON.
+
+        For each optimizer the parameters of each group, and for each parameter the kind of device
+        of each tensor in its state (null for a value that is no tensor).
+        """
+        return json.dumps(
+            {
+                prefix: {
+                    "groups": [
+                        [names[parameter] for parameter in group["params"]]
+                        for group in optimizer.param_groups
+                    ],
+                    "state": {
+                        names[parameter]: {
+                            key: value.device.type if isinstance(value, torch.Tensor) else None
+                            for key, value in state.items()
+                        }
+                        for parameter, state in optimizer.state.items()
+                    },
+                }
+                for prefix, optimizer in self.optimizers.items()
+                for names in [self.parameter_names(optimizer)]
+            },
+            separators=(",", ":"),
+        )
+
+    def objects(self, step: int, census: "Census | None" = None) -> dict[str, Any]:
+        """Everything that is not a tensor of the model or of an optimizer's state.
+
+        `census`, if it still holds, spares a walk over the whole state.
+        """
+        census = census or self.census()
         return {
             "step": step,
             "model_extra": {
-                name: module.get_extra_state() for name, module in self._extra_modules().items()
+                name: module.get_extra_state() for name, module in census.extra_modules.items()
             },
             "optimizers": {
-                prefix: self._optimizer_objects(optimizer)
+                prefix: {
+                    "groups": [
+                        {key: value for key, value in group.items() if key != "params"}
+                        for group in optimizer.param_groups
+                    ],
+                    "values": {
+                        name: {key: held[key] for key in keys}
+                        for name, held, keys in census.values[prefix]
+                    },
+                }
                 for prefix, optimizer in self.optimizers.items()
             },
             "extra": {name: thing.state_dict() for name, thing in self.extra.items()},
             "rng": _rng_state(),
         }
 
-    def _model_tensors(self) -> list[tuple[list[str], torch.Tensor, bool]]:
+    def census(self) -> "Census":
+        """What the state consists of now."""
+        return Census(self)
+
+    def model_tensors(self) -> list[tuple[list[str], torch.Tensor, bool]]:
         """(names, tensor, volatile), tied parameters once with all their names."""
         found: dict[int, tuple[list[str], torch.Tensor, bool]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -130,7 +194,7 @@ class LiveState:
                     found.setdefault(id(buffer), ([], buffer, True))[0].append(full)
         return list(found.values())
 
-    def _extra_modules(self) -> dict[str, nn.Module]:
+    def extra_modules(self) -> dict[str, nn.Module]:
         """Modules that have more to save than tensors."""
         return {
             _canonical(name): module
@@ -138,156 +202,169 @@ class LiveState:
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }
 
-    def _parameter_names(self, optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, str]:
+    def parameter_names(self, optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, str]:
+        """The name of each parameter that the optimizer may have."""
         named: dict[torch.Tensor, str] = {}
         for name, parameter in self.model.named_parameters():
             named[parameter] = _canonical(name)
         for number, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
-                named.setdefault(parameter, f"group{number}.{index}")
+                named.setdefault(parameter, f"{_UNNAMED}{number}.{index}")
         return named
 
-    def _optimizer_objects(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        names = self._parameter_names(optimizer)
-        return {
-            "groups": [
-                {
-                    **{key: value for key, value in group.items() if key != "params"},
-                    "params": [names[parameter] for parameter in group["params"]],
-                }
-                for group in optimizer.param_groups
-            ],
-            "state": {
-                names[parameter]: {
-                    key: None if isinstance(value, torch.Tensor) else value
-                    for key, value in state.items()
-                }
-                for parameter, state in optimizer.state.items()
-            },
-            "tensors": {
-                names[parameter]: {
-                    key: value.device.type
-                    for key, value in state.items()
-                    if isinstance(value, torch.Tensor)
-                }
-                for parameter, state in optimizer.state.items()
-            },
-        }
+    def reshard(self) -> bool:
+        """Put FSDP2's own shards back where a forward pass has left whole parameters.
 
-    # Restoring.
+        Returns whether there is any such module. A pass without a backward leaves them whole.
+        """
+        found = False
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+                found = True
+        return found
 
-    def check_fits(self, header: Header, objects: Mapping[str, Any], what: str) -> None:
-        """Raise StateMismatch, naming the first tensors that differ, before anything is changed."""
-        saved = header.by_name()
-        wrong = []
-        live_names = set()
-        for names, tensor, _ in self._model_tensors():
-            for name in names:
-                full = "model." + name
-                live_names.add(full)
-                placed = saved.get(full)
-                if placed is None:
-                    wrong.append(f"{full} is not in the snapshot")
-                elif (difference := _difference(placed[0].spec, _spec(full, tensor, ()))) != "":
-                    wrong.append(f"{full} {difference}")
-                elif placed[0] != saved.get("model." + names[0], placed)[0]:
-                    wrong.append(f"{full} is tied to {names[0]}, but was not in the snapshot")
-        wrong += [
-            f"{name} is in the snapshot but not in the model"
-            for name in sorted(saved)
-            if name.startswith("model.") and name not in live_names
-        ]
-        wrong += [
-            f"model.{name} has {'no ' if name in live else ''}extra state in the snapshot"
-            for live in [self._extra_modules()]
-            for name in sorted(live.keys() ^ objects["model_extra"].keys())
-        ]
-        for prefix, optimizer in self.optimizers.items():
-            wrong += self._optimizer_differences(prefix, optimizer, objects["optimizers"])
-        wrong += [
-            f"{prefix} is in the snapshot but not in the script"
-            for prefix in objects["optimizers"]
-            if prefix not in self.optimizers
-        ]
-        wrong += [
-            f"extra[{name!r}] is not in the snapshot"
-            for name in self.extra
-            if name not in objects["extra"]
-        ]
-        if wrong:
-            more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-            raise StateMismatch(
-                f"{what} does not fit this training script: {'; '.join(wrong[:5])}{more}; run it "
-                "with the model and optimizer of the snapshot, or give the job another name"
-            )
+    def _ranks(self, tensor: torch.Tensor, name: str) -> tuple[int, ...]:
+        if isinstance(tensor, DTensor):
+            return _replicas(tensor)
+        return () if name in self._not_alike else self._alike
 
-    def load(self, header: Header, segment: memoryview, objects: Mapping[str, Any]) -> None:
-        """Copy everything into the live objects. `check_fits` must have passed."""
-        saved = header.by_name()
-        with torch.no_grad():
-            for names, tensor, _ in self._model_tensors():
-                _local(tensor).copy_(_view(saved["model." + names[0]][0], segment))
-            for prefix, optimizer in self.optimizers.items():
-                self._load_optimizer(
-                    prefix, optimizer, objects["optimizers"][prefix], saved, segment
-                )
-        modules = self._extra_modules()
-        for name, state in objects["model_extra"].items():
-            modules[name].set_extra_state(state)
-        for name, thing in self.extra.items():
-            thing.load_state_dict(objects["extra"][name])
-        _set_rng_state(objects["rng"])
 
-    def _optimizer_differences(
-        self, prefix: str, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]
-    ) -> list[str]:
-        if prefix not in saved:
-            return [f"{prefix} is not in the snapshot"]
-        names = self._parameter_names(optimizer)
-        live = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        there = [group["params"] for group in saved[prefix]["groups"]]
-        if live != there:
-            return [
-                f"{prefix} has parameter groups of {[len(g) for g in live]} parameters, the "
-                f"snapshot of {[len(g) for g in there]}, or in another order"
+class Census:
+    """What a state consisted of at one moment; `holds()` says, quickly, whether it still does.
+
+    It compares identities and addresses, so that a tensor that was replaced by one that looks the
+    same is noticed (`optimizer.load_state_dict` in mid-run does that).
+    """
+
+    def __init__(self, state: LiveState) -> None:
+        modules = list(state.model.modules())
+        self._dicts: list[tuple[dict[str, Any], list[Any]]] = [
+            (held, list(held.values()))
+            for module in modules
+            for held in (module._parameters, module._buffers, module._modules)
+            if held
+        ]
+        self._empty = [
+            held
+            for module in modules
+            for held in (module._parameters, module._buffers, module._modules)
+            if not held
+        ]
+        self.extra_modules = state.extra_modules()
+        """Modules that have more to save than tensors, by name."""
+        self.values = {
+            prefix: [
+                (names[parameter], held, keys)
+                for parameter, held in optimizer.state.items()
+                if (keys := [k for k, v in held.items() if not isinstance(v, torch.Tensor)])
             ]
-        for group, past in zip(optimizer.param_groups, saved[prefix]["groups"], strict=True):
-            # A scheduler may have added keys on one side, a newer torch on the other: not both.
-            here, then = sorted(group.keys() - past.keys()), sorted(past.keys() - group.keys())
-            if here and then:
-                return [
-                    f"{prefix} is a {type(optimizer).__name__}, which has {', '.join(here)}; the "
-                    f"snapshot's optimizer has {', '.join(then)}"
-                ]
-        return []
+            for prefix, optimizer in state.optimizers.items()
+            for names in [state.parameter_names(optimizer)]
+        }
+        """Of each optimizer: a parameter's name, its state, and what of it is no tensor."""
+        self._optimizers = list(state.optimizers.values())
+        self._groups = [[list(g["params"]) for g in o.param_groups] for o in self._optimizers]
+        self._states = [
+            [(held, list(held), list(held.values())) for held in optimizer.state.values()]
+            for optimizer in self._optimizers
+        ]
+        tensors = [
+            value
+            for _, values in [*self._dicts, *((h, v) for s in self._states for h, _, v in s)]
+            for value in values
+            if isinstance(value, torch.Tensor)
+        ]
+        self._sharded = [(t, t._local_tensor) for t in tensors if isinstance(t, DTensor)]
+        self._locals = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors]
+        self._addresses = [local.data_ptr() for local in self._locals]
 
-    def _load_optimizer(
+    def holds(self) -> bool:
+        """Whether every tensor is the same object at the same address, and none came or went."""
+        return (
+            not any(self._empty)
+            and all(_same(held.values(), past) for held, past in self._dicts)
+            and all(map(self._optimizer_holds, self._optimizers, self._groups, self._states))
+            and all(tensor._local_tensor is local for tensor, local in self._sharded)
+            and [local.data_ptr() for local in self._locals] == self._addresses
+        )
+
+    def _optimizer_holds(
         self,
-        prefix: str,
         optimizer: torch.optim.Optimizer,
-        objects: Mapping[str, Any],
-        saved: Mapping[str, list[Placed]],
-        segment: memoryview,
-    ) -> None:
-        # Not through optimizer.load_state_dict: it needs a state_dict in its own numbering, and
-        # would replace tensors that the capture has planned.
-        parameters = {name: p for p, name in self._parameter_names(optimizer).items()}
-        optimizer.state.clear()
-        for name, values in objects["state"].items():
-            parameter = parameters[name]
-            state = dict(values)
-            for key, device in objects["tensors"][name].items():
-                placed = saved[f"{prefix}.{name}.{key}"][0]
-                state[key] = _like(parameter, placed, _view(placed, segment), device)
-            optimizer.state[parameter] = state
-        for group, values in zip(optimizer.param_groups, objects["groups"], strict=True):
-            for key, value in values.items():
-                if key == "params":
-                    continue
-                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
-                    group[key].copy_(value)
-                else:
-                    group[key] = value
+        groups: list[list[torch.Tensor]],
+        states: list[tuple[dict[str, Any], list[str], list[Any]]],
+    ) -> bool:
+        if len(optimizer.param_groups) != len(groups) or len(optimizer.state) != len(states):
+            return False
+        for group, past in zip(optimizer.param_groups, groups, strict=True):
+            if not _same(group["params"], past):
+                return False
+        for held, (known, keys, values) in zip(optimizer.state.values(), states, strict=True):
+            if held is not known or (
+                not _same(held.values(), values) and _differ(held, keys, values)
+            ):
+                return False
+        return True
+
+
+def _differ(held: dict[str, Any], keys: list[str], values: list[Any]) -> bool:
+    """Whether more has changed than values that are no tensors, and stay none."""
+    return list(held) != keys or any(
+        now is not past and (isinstance(now, torch.Tensor) or isinstance(past, torch.Tensor))
+        for now, past in zip(held.values(), values, strict=True)
+    )
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of `tensor` that this rank has, without autograd."""
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor.detach()
+    return tensor.detach()
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """What this rank has of `tensor`. Raises UnsavableState for a dtype that cannot be saved."""
+    return _spec(name, tensor, ())
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Undo what `LiveState.objects` took down of the random number generators."""
+    words = state["python"]["words"]
+    random.setstate((state["python"]["version"], tuple(words.tolist()), state["python"]["gauss"]))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+_UNNAMED = "group"
+
+
+def _is_named(name: str) -> bool:
+    head, _, tail = name.partition(".")
+    return not (head.startswith(_UNNAMED) and head[len(_UNNAMED) :].isdigit() and tail.isdigit())
+
+
+def _same(values: Any, past: list[Any]) -> bool:
+    return len(values) == len(past) and all(map(operator.is_, values, past))
+
+
+def _ranks_of(group: Any) -> tuple[int, ...]:
+    return tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def _replicas(tensor: DTensor) -> tuple[int, ...]:
+    """Ranks with the same part of `tensor`: those that differ in its Replicate dimensions only."""
+    mesh = tensor.device_mesh
+    here = mesh.get_coordinate()
+    if here is None or not any(isinstance(p, Replicate) for p in tensor.placements):
+        return ()
+    index = tuple(
+        slice(None) if isinstance(placement, Replicate) else coordinate
+        for placement, coordinate in zip(tensor.placements, here, strict=True)
+    )
+    return tuple(sorted(mesh.mesh[index].flatten().tolist()))
 
 
 def _spec(name: str, tensor: torch.Tensor, aliases: tuple[str, ...]) -> TensorSpec:
@@ -305,63 +382,6 @@ def _spec(name: str, tensor: torch.Tensor, aliases: tuple[str, ...]) -> TensorSp
     return TensorSpec(name, dtype, tuple(tensor.shape), aliases=aliases)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of `tensor` that this rank has, without autograd."""
-    if isinstance(tensor, DTensor):
-        return tensor._local_tensor.detach()
-    return tensor.detach()
-
-
-def _difference(saved: TensorSpec, live: TensorSpec) -> str:
-    if saved.dtype != live.dtype:
-        return f"has dtype {live.dtype}, the snapshot {saved.dtype}"
-    if (saved.global_shape or saved.shape) != (live.global_shape or live.shape):
-        return (
-            f"has shape {list(live.global_shape or live.shape)}, the snapshot "
-            f"{list(saved.global_shape or saved.shape)}"
-        )
-    if (saved.shape, saved.offset) != (live.shape, live.offset):
-        return (
-            f"is sharded differently: this rank has {list(live.shape)} at {live.offset}, the "
-            f"snapshot {list(saved.shape)} at {saved.offset}"
-        )
-    return ""
-
-
-def _view(placed: Placed, segment: memoryview) -> torch.Tensor:
-    """The tensor in the segment, not copied (the caller only reads)."""
-    dtype = TORCH_DTYPES[placed.spec.dtype]
-    if placed.begin == placed.end:
-        return torch.empty(placed.spec.shape, dtype=dtype)
-    raw = torch.frombuffer(
-        segment, dtype=torch.uint8, offset=placed.begin, count=placed.end - placed.begin
-    )
-    return raw.view(dtype).reshape(placed.spec.shape)
-
-
-def _like(
-    parameter: torch.Tensor, placed: Placed, local: torch.Tensor, device_type: str
-) -> torch.Tensor:
-    """Optimizer state for `parameter`: sharded as it is, where the snapshot's was sharded.
-
-    `device_type` is the kind of device it was on: Adam keeps its step on the CPU, or not.
-    """
-    if placed.spec.offset is not None and isinstance(parameter, DTensor):
-        return DTensor.from_local(
-            local.to(parameter.device, copy=True),
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    device = torch.device("cpu") if device_type == "cpu" else parameter.device
-    if local.shape != parameter.shape or isinstance(parameter, DTensor):
-        return local.to(device, copy=True)
-    # In memory as the parameter is: fused kernels go over both side by side (channels_last).
-    return torch.empty_like(parameter, dtype=local.dtype, device=device).copy_(local)
-
-
 def _canonical(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
@@ -369,19 +389,12 @@ def _canonical(name: str) -> str:
 
 
 def _rng_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": random.getstate(),
+        "python": {"version": version, "words": np.array(words, np.uint32), "gauss": gauss},
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -371,7 +371,7 @@ class TestTrainersThatEnd:
         assert node.files == files
         node.actions.clear()
         done = node.train(conn=2, life=2, round_="r2")
-        assert LayoutOpened(SIZE_BYTES) in tells(done, 2)
+        assert LayoutOpened(SIZE_BYTES, ("/mem/job/segment-2.safetensors",)) in tells(done, 2)
         assert not only(ev.Allocate, node.actions)
         assert node.lifecycle.used_bytes == used
         name = node.seal(snapshot(2, 7), conn=2)
@@ -594,7 +594,9 @@ class TestLayouts:
             assert text in rejected.reason
         assert "--memory-limit 44 or more" in rejected.reason
         assert not only(ev.Allocate, done)
-        assert LayoutOpened(SIZE_BYTES) in tells(Node(limit_bytes=44).train(), 1)
+        assert LayoutOpened(
+            SIZE_BYTES, ("/mem/job/segment-1.safetensors", "/mem/job/segment-2.safetensors")
+        ) in tells(Node(limit_bytes=44).train(), 1)
 
     @pytest.mark.parametrize("newest_is_protected", [True, False])
     def test_what_was_enough_for_the_first_life_is_enough_for_the_next(
@@ -608,7 +610,8 @@ class TestLayouts:
             node.seal(snapshot(1, 2))
         node.do(ev.LocalGone(1, "its process ended", dead=True))
         done = node.train(conn=2, life=2, round_="r2")
-        assert LayoutOpened(SIZE_BYTES) in tells(done, 2)
+        paths = ("/mem/job/segment-2.safetensors",) if newest_is_protected else ()
+        assert LayoutOpened(SIZE_BYTES, paths) in tells(done, 2)
         assert node.lifecycle.used_bytes <= 44
         free = reports(done, RankReport)[-1].state.free_slots
         assert free == (1 if newest_is_protected else 0)
@@ -623,7 +626,9 @@ class TestLayouts:
         node.train()
         kept = node.seal(snapshot(1, 4))
         done = node.say(1, OpenLayout(1, 30))
-        assert tells(done, 1) == [LayoutOpened(30)]
+        assert tells(done, 1) == [
+            LayoutOpened(30, ("/mem/job/segment-3.safetensors", "/mem/job/segment-4.safetensors"))
+        ]
         sizes = sorted(s.size_bytes for s in node.lifecycle.slots.values())
         assert sizes == [SIZE_BYTES, 30, 30]
         node.seal(snapshot(1, 5))
@@ -677,7 +682,7 @@ class TestComingBack:
         node.attach(1, life=1)
         assert tells(node.actions, 1) == [Attached("a", CELL_BYTES)]
         done = node.say(1, OpenLayout(1, SIZE_BYTES))
-        assert LayoutOpened(SIZE_BYTES) in tells(done, 1)
+        assert LayoutOpened(SIZE_BYTES, ("/mem/job/segment-1.safetensors",)) in tells(done, 1)
         node.grant(1)
         new = node.seal(snapshot(1, 9))
         assert new not in (f"{JOB}/segment-2.safetensors", f"{JOB}/parity-3.cells")
@@ -766,7 +771,7 @@ class TestRestore:
         (fetch,) = only(ev.Fetch, self.resume(node))
         assert fetch.present
         done = node.do(ev.Fetched(fetch.name, 0, 0))
-        assert tells(done, 1) == [Restored(snapshot(1, 4), f"/mem/{fetch.name}")]
+        assert tells(done, 1) == [Restored(snapshot(1, 4), 0, f"/mem/{fetch.name}")]
         assert reports(done, SegmentReady) == [SegmentReady(JOB, 2, 0, snapshot(1, 4), 0, 0)]
 
     def test_one_that_is_elsewhere_is_fetched_and_then_held(self) -> None:
@@ -776,7 +781,7 @@ class TestRestore:
         assert fetch.source.ranks[1] == ("b",)
         assert node.use(fetch.name) is Use.FETCHING
         done = node.do(ev.Fetched(fetch.name, 3, 0))
-        assert tells(done, 1) == [Restored(snapshot(1, 4), f"/mem/{fetch.name}")]
+        assert tells(done, 1) == [Restored(snapshot(1, 4), 1, f"/mem/{fetch.name}")]
         (held,) = reports(done, Holds)
         assert held.holding.extents == (Extent(0, SIZE_BYTES), Extent(1, SIZE_BYTES))
         assert node.use(fetch.name) is Use.SEALED
@@ -802,7 +807,7 @@ class TestRestore:
         node.do(ev.LocalGone(1, "its process ended", dead=True))
         assert not only(ev.Fetch, self.resume(node, rank=1, conn=2, life=3))
         done = node.do(ev.Fetched(fetch.name, 3, 0))
-        assert tells(done, 2) == [Restored(snapshot(1, 4), f"/mem/{fetch.name}")]
+        assert tells(done, 2) == [Restored(snapshot(1, 4), 1, f"/mem/{fetch.name}")]
         assert reports(done, SegmentReady)[0].life == 3
 
     def test_the_failure_of_a_dead_life_s_fetch_is_not_the_next_one_s(self) -> None:
@@ -815,7 +820,7 @@ class TestRestore:
         assert tells(done, 2) == []
         (new,) = only(ev.Fetch, done)
         done = node.do(ev.Fetched(new.name, 0, 3))
-        assert tells(done, 2) == [Restored(snapshot(1, 4), f"/mem/{new.name}")]
+        assert tells(done, 2) == [Restored(snapshot(1, 4), 1, f"/mem/{new.name}")]
 
     def test_a_fetch_that_fails_is_said_and_leaves_no_file(self) -> None:
         node = self.held()
