@@ -857,6 +857,7 @@ class Coordinator:
         job.resumed, job.resumed_from, job.pending = False, start, None
         job.granted_because = reason
         job.vacancies, job.finished, job.left, job.untold = {}, set(), set(), set()
+        job.disagree_since = None
         # Everybody keeps the record before any rank can learn of the life.
         for node in self.nodes:
             self._send(node, Record(job.record))

@@ -202,7 +202,7 @@ class Cluster:
         self.nodes[name].ranks[state.rank] = state
         self.say(name, RankReport(state))
 
-    def update(self, rank: int, **fields: int) -> None:
+    def update(self, rank: int, **fields: object) -> None:
         """A rank's report, with these fields changed."""
         self.report(self.where(rank), msgspec.structs.replace(self.state(rank), **fields))
 

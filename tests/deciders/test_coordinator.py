@@ -26,8 +26,10 @@ from ckptd.wire import (
     RankState,
     Record,
     ResumeWaits,
+    Share,
     SnapshotFailed,
     TakeSnapshot,
+    Undivide,
     Welcome,
     WhoAreYou,
 )
@@ -265,6 +267,68 @@ class TestTickets:
         cluster.hello("a")
         dropped = {m.id for m in cluster.told("a", Drop) if isinstance(m, Drop)}
         assert not dropped & set(cluster.tickets("a"))
+
+
+class TestShares:
+    """Ranks divide what they hold alike; a snapshot counts only if they cut it alike."""
+
+    ALIKE = Share(group=1, ranks=2, tape=7)
+
+    def cluster(self) -> Cluster:
+        cluster = Cluster("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.attach("r1", "a", "b")
+        grant = cluster.ask()
+        assert grant is not None
+        cluster.say("a", LifeResumed(JOB, 1, 0))
+        return cluster
+
+    def tickets(self, cluster: Cluster) -> int:
+        return sum(isinstance(message, TakeSnapshot) for message in cluster.inbox("a"))
+
+    def test_ranks_that_agree_get_tickets(self) -> None:
+        cluster = self.cluster()
+        for rank in (0, 1):
+            cluster.update(rank, life=1, free_slots=1, shares=(self.ALIKE,))
+        assert self.tickets(cluster) == 1
+
+    def test_ranks_that_do_not_agree_for_long_save_all(self) -> None:
+        cluster = self.cluster()
+        other = msgspec.structs.replace(self.ALIKE, tape=8)
+        cluster.update(0, life=1, free_slots=1, shares=(self.ALIKE,))
+        cluster.update(1, life=1, free_slots=1, shares=(other,))
+        assert self.tickets(cluster) == 0
+        assert not [m for m in cluster.inbox("a") if isinstance(m, Undivide)]
+        cluster.pass_time(1.0)
+        cluster.update(1, step=3)
+        told = [m for name in "ab" for m in cluster.inbox(name) if isinstance(m, Undivide)]
+        assert [(m.job, m.life) for m in told] == [(JOB, 1)] * 2
+        assert "only 1 of 2 ranks that should hold the same tensors do" in told[0].reason
+        for rank in (0, 1):
+            cluster.update(rank, shares=())
+        assert self.tickets(cluster) == 1
+
+    def test_ranks_that_change_one_after_the_other_are_waited_for(self) -> None:
+        cluster = self.cluster()
+        new = msgspec.structs.replace(self.ALIKE, tape=8)
+        for rank in (0, 1):
+            cluster.update(rank, life=1, free_slots=2, shares=(self.ALIKE,))
+        assert self.tickets(cluster) == 1
+        cluster.update(0, shares=(new,))
+        cluster.pass_time(0.5)
+        cluster.update(1, shares=(new,))
+        assert not [m for m in cluster.inbox("a") if isinstance(m, Undivide)]
+        assert self.tickets(cluster) == 2
+
+    def test_what_was_begun_with_the_old_layout_is_dropped(self) -> None:
+        """One rank has captured its old part, another would capture its new one."""
+        cluster = self.cluster()
+        for rank in (0, 1):
+            cluster.update(rank, life=1, free_slots=1, shares=(self.ALIKE,))
+        ticket = next(m for m in cluster.inbox("a") if isinstance(m, TakeSnapshot))
+        cluster.update(0, shares=(msgspec.structs.replace(self.ALIKE, tape=8),))
+        dropped = [m for m in cluster.inbox("b") if isinstance(m, Drop)]
+        assert [(m.id, m.reason) for m in dropped] == [(ticket.id, "rank 0 has a new layout")]
 
 
 class TestProtectAndCommit:

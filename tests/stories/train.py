@@ -43,7 +43,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     found = hashlib.sha256()
     for parameter in model.parameters():
         found.update(parameter.detach().numpy().tobytes())
-        for value in optimizer.state[parameter].values():
+        for value in optimizer.state.get(parameter, {}).values():
             found.update(value.numpy().tobytes())
     return found.hexdigest()[:16]
 
@@ -58,6 +58,9 @@ def main() -> None:
     parser.add_argument("--unsavable", action="store_true", help="a date among the data's state")
     parser.add_argument("--finish", action="store_true")
     parser.add_argument("--plain", type=int, default=0, help="these ranks, without ckptd")
+    parser.add_argument("--ddp", action="store_true", help="the ranks train one model together")
+    parser.add_argument("--without", action="store_true", help="without ckptd")
+    parser.add_argument("--unfreeze", type=int, default=0, help="at this step, on rank 1 only")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.plain:
@@ -73,11 +76,16 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
-    torch.manual_seed(rank)
-    model = nn.Sequential(
+    torch.manual_seed(0 if args.ddp else rank)
+    model: nn.Module = nn.Sequential(
         nn.Linear(16, args.width), nn.BatchNorm1d(args.width), nn.Dropout(0.2),
         nn.Linear(args.width, 1),
     )  # fmt: skip
+    last: nn.Parameter = model[3].bias
+    if args.ddp:
+        torch.manual_seed(rank)
+        last.requires_grad_(not args.unfreeze)
+        model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
     data = Data(rank, datetime.date.today() if args.unsavable else "x" * 100)
@@ -86,7 +94,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
         print(json.dumps({"rank": rank, **fields}), flush=True)
 
     start, ckpt = 0, None
-    if not args.plain:
+    if not args.plain and not args.without:
         extra = {"data": data, "schedule": schedule}
         ckpt = ckptd.Checkpointer(
             model=model,
@@ -102,6 +110,8 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
             sys.exit(3)
     say(event="start", step=start, life=ckpt.life if ckpt else 0)
     for step in range(start, args.steps):
+        if args.unfreeze and rank == 1 and step >= args.unfreeze:
+            last.requires_grad_()
         loss = model(data.next()).square().mean()
         if world_size > 1:
             dist.all_reduce(loss.detach().clone())
