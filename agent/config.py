@@ -30,3 +30,5 @@ class AgentConfig:
     """Cluster key; needed as soon as anything leaves loopback."""
     wipe_on_exit: bool = False
     """Delete the memory directory on a clean stop (SIGTERM, SIGINT)."""
+    alone: bool = False
+    """Embedded: serves no peers, and on a clean stop leaves nothing that no job needs."""

@@ -8,7 +8,7 @@ import secrets
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
@@ -23,7 +23,7 @@ from ckptd.agent import events as ev
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
 from ckptd.agent.fetch import SegmentFetch
-from ckptd.agent.lifecycle import Identity, Lifecycle
+from ckptd.agent.lifecycle import Identity, Lifecycle, Use
 from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
 from ckptd.agent.store import Store
@@ -82,9 +82,25 @@ class Agent:
         self._bad_messages: set[str] = set()
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
+        self.ready = asyncio.Event()
+        """Set once trainers can come."""
 
-    async def run(self) -> None:
-        """Start up, serve until told to stop, shut down."""
+    @property
+    def holds_snapshot(self) -> bool:
+        """Whether a slot is captured into, or holds what a job may need."""
+        return any(slot.id is not None for slot in self._lifecycle.slots.values())
+
+    @property
+    def local_connections(self) -> tuple[int, int]:
+        """Trainers and launchers on the Unix socket: how many are there, and ever were."""
+        return len(self._local), self._next_conn - 1
+
+    def stop(self) -> None:
+        """Let `run()` shut down and return."""
+        self._stopping.set()
+
+    async def run(self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
+        """Start up, serve until told to stop, also by one of the signals, shut down."""
         self._loop = asyncio.get_running_loop()
         adopted = await self._loop.run_in_executor(self._pool, self._store.adopt)
         for problem in adopted.problems:
@@ -94,7 +110,8 @@ class Agent:
             self._config.port,
             self._config.node,
             self._store,
-            self._key,
+            # With a key that nobody else has, it serves nobody.
+            ClusterKey(secrets.token_bytes(32)) if self._config.alone else self._key,
             self._encoded_row,
         )
         identity = Identity(
@@ -125,7 +142,7 @@ class Agent:
             ) from error
         self._listener = _listen(self._config.socket)
         self._loop.add_reader(self._listener, self._accept)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals:
             self._loop.add_signal_handler(number, self._stopping.set)
         tasks = [
             asyncio.create_task(work())
@@ -142,6 +159,7 @@ class Agent:
             cells=identity.cells,
             adopted_segments=len(adopted.segments),
         )
+        self.ready.set()
         stopped = asyncio.create_task(self._stopping.wait())
         waiting: set[asyncio.Task[Any]] = {*tasks, stopped}
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -167,6 +185,11 @@ class Agent:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._config.wipe_on_exit:
             self._store.destroy()
+        elif self._config.alone:
+            for slot in self._lifecycle.slots.values():
+                if slot.id is None or slot.use is Use.RELEASING:
+                    self._store.delete(slot.name)
+            self._store.vacate()
         # The directory stays locked until the process ends: threads may still be writing.
         log.info("agent stopped", node=self._config.node)
 

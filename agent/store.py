@@ -21,7 +21,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,14 @@ class Store:
         """Delete everything, the directory itself included."""
         shutil.rmtree(self.root, ignore_errors=True)
         self.close()
+
+    def vacate(self) -> None:
+        """Delete the directory if no job, and nothing of anybody else's, is left in it."""
+        for path in self.root.iterdir():
+            with suppress(OSError):
+                path.rmdir()
+        if {path.name for path in self.root.iterdir()} <= {_LOCK, _TOKEN}:
+            self.destroy()
 
     def path(self, name: str) -> Path:
         """The file of a slot name."""

@@ -26,7 +26,7 @@ def _default_socket() -> str:
     show_default="the host name",
     help="Node id; must stay the same when the agent is restarted.",
 )
-@options.coordinator
+@options.cluster
 @click.option(
     "--socket",
     type=click.Path(path_type=Path),
@@ -86,7 +86,7 @@ def command(
     """
     set_up_logs(log_level, log_json)
     if memory_limit is None:
-        memory_limit = _default_limit(memory_dir)
+        memory_limit = default_memory_limit(memory_dir)
     run_agent(
         AgentConfig(
             node=check_node_id(node),
@@ -104,7 +104,7 @@ def command(
     )
 
 
-def _default_limit(memory_dir: Path) -> int:
+def default_memory_limit(memory_dir: Path) -> int:
     """Most of what is free, both on the file system and in memory, and what it holds already."""
     existing = memory_dir
     while not existing.exists():

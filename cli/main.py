@@ -11,12 +11,14 @@ _VERBS = {
     "bench": "Measure parts of ckptd on this machine.",
     "coordinator": "Run the cluster's one coordinator: it decides, and carries no state.",
     "demo": "Train, lose nodes, go on: the whole of ckptd on this machine, in minutes.",
+    "embedded": "Run agent and coordinator of one machine; trainers start it by themselves.",
     "keygen": "Make the cluster key that agents and coordinator share.",
     "ls": "List snapshots: state, step, size, age, and where each can be restored from.",
     "rendezvous": "Run the store through which torchrun's launchers find one another.",
     "rm": "Forget a job and free its memory on every node.",
     "run": "Start torchrun with what makes restarts work.",
     "status": "Show nodes, groups, jobs and snapshots, and the reason for what is not well.",
+    "stop": "Stop the agent that trainers started by themselves.",
 }
 
 

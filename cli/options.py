@@ -10,7 +10,12 @@ import click
 
 from ckptd.config import ENV_AGENT, ENV_COORDINATOR
 from ckptd.errors import CkptdError
+from ckptd.trainer.embedded import places
 
+ENV_MEMORY_DIR = "CKPTD_MEMORY_DIR"
+ENV_MEMORY_LIMIT = "CKPTD_MEMORY_LIMIT"
+
+_DEFAULT_COORDINATOR = "tcp://127.0.0.1:7070"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -41,13 +46,26 @@ class Command(click.Command):
             sys.exit(1)
 
 
+def _known_coordinator() -> str:
+    where = places()
+    return where.coordinator if where.running() else _DEFAULT_COORDINATOR
+
+
+cluster = click.option(
+    "--coordinator",
+    envvar=ENV_COORDINATOR,
+    default=_DEFAULT_COORDINATOR,
+    show_default=True,
+    show_envvar=True,
+    help="Address of the cluster's coordinator.",
+)
 coordinator = click.option(
     "--coordinator",
     envvar=ENV_COORDINATOR,
-    default="tcp://127.0.0.1:7070",
-    show_default=True,
+    default=_known_coordinator,
+    show_default=f"that of this machine's embedded agent if one runs, else {_DEFAULT_COORDINATOR}",
     show_envvar=True,
-    help="Address of the coordinator.",
+    help="Address of the coordinator to ask.",
 )
 key_file = click.option(
     "--key-file",
@@ -61,7 +79,7 @@ socket = click.option(
     "agent",
     envvar=ENV_AGENT,
     show_envvar=True,
-    help="Unix socket of this node's agent.",
+    help="Unix socket of this node's agent. Without one, the trainers start one for this machine.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a pipe.")
 

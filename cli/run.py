@@ -1,6 +1,7 @@
 """`ckptd run`."""
 
 import socket as sockets
+from collections.abc import Sequence
 
 import click
 
@@ -63,13 +64,25 @@ def command(
                 if not isinstance(_ask(conn, WaitForWork(job)), Work):
                     raise AgentUnreachable(f"the agent at {agent} did not call this spare")
                 click.echo(f"ckptd run: called for {job!r}", err=True)
-    else:
+    elif spare or rendezvous or _spans_machines(torchrun):
         raise ConfigError(
-            "no agent is given; start one on this node with `ckptd agent --socket PATH ...`, then "
-            "pass --agent PATH or set CKPTD_AGENT"
+            "no agent is given, and only a job on one machine does without: start one on this node "
+            "with `ckptd agent --socket PATH --coordinator ADDRESS ...`, then pass --agent PATH or "
+            "set CKPTD_AGENT"
         )
     prepare_environment(job, agent)
     launch(complete_arguments(torchrun, job, rendezvous, address))
+
+
+def _spans_machines(torchrun: Sequence[str]) -> bool:
+    """Whether torchrun's --nnodes, N or MIN:MAX, allows more than one."""
+    for flag, following in zip(torchrun, [*torchrun[1:], ""], strict=True):
+        name, equals, value = flag.partition("=")
+        if name == "--nnodes":
+            return (value if equals else following).rpartition(":")[2] != "1"
+        if name.endswith(".py"):
+            break  # what follows is the script's
+    return False
 
 
 def _connect(path: str) -> sockets.socket:

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from ckptd.cli.main import _VERBS, main
+from ckptd.cli.run import _spans_machines
 from ckptd.trainer.launch import complete_arguments
 
 
@@ -22,7 +23,7 @@ def test_every_verb_explains_itself_and_each_flag(verb):
 def test_the_command_line_and_the_library_start_without_torch():
     script = (
         "import sys, ckptd, ckptd.cli.main, ckptd.cli.status, ckptd.cli.ls, ckptd.cli.agent\n"
-        "import ckptd.cli.coordinator, ckptd.cli.run\n"
+        "import ckptd.cli.coordinator, ckptd.cli.run, ckptd.cli.embedded, ckptd.cli.stop\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -61,6 +62,28 @@ def test_a_standalone_job_keeps_its_own_rendezvous():
 def test_the_scripts_own_flags_are_not_taken_for_torchruns():
     got = complete_arguments(["train.py", "--max-restarts=7"], "lm", None, None)
     assert [argument for argument in got[: got.index("train.py")] if "max-restarts" in argument]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--spare", "--", "train.py"],
+        ["--rendezvous", "h:1", "--", "train.py"],
+        ["--", "--nnodes=2", "train.py"],
+        ["--", "--nproc-per-node", "2", "--nnodes", "1:4", "train.py"],
+    ],
+)
+def test_without_an_agent_run_is_for_one_machine(flags):
+    result = CliRunner(env={"CKPTD_AGENT": None}).invoke(main, ["run", "--job", "lm", *flags])
+    assert result.exit_code == 1
+    assert "only a job on one machine does without" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [["--nnodes=1", "t.py"], ["--nnodes", "1:1", "t.py"], ["t.py", "--nnodes=2"], ["t.py"]]
+)
+def test_a_job_on_one_machine_is_known_as_such(given):
+    assert not _spans_machines(given)
 
 
 def test_bench_erasure_measures_side_by_side():

@@ -1,13 +1,14 @@
 """Names, settings and keys: what is refused, and whether the message says what to do."""
 
 import base64
+import os
 import uuid
 from pathlib import Path
 
 import pytest
 import zmq
 
-from ckptd.config import trainer_config
+from ckptd.config import TrainerConfig, runtime_dir, trainer_config
 from ckptd.errors import ConfigError
 from ckptd.ids import SnapshotId, check_job_id, check_node_id
 from ckptd.keys import ClusterKey, check_bind, new_key
@@ -76,10 +77,42 @@ class TestTrainerConfig:
         with pytest.raises(ConfigError, match="the job id is ''"):
             trainer_config("", "/run/agent", {"CKPTD_JOB": "ours"})
 
-    @pytest.mark.parametrize("environ", [{}, {"CKPTD_AGENT": ""}])
-    def test_no_agent(self, environ: dict[str, str]) -> None:
-        with pytest.raises(ConfigError, match=r"ckptd agent --socket PATH.*CKPTD_AGENT=PATH"):
+    @pytest.mark.parametrize(
+        "environ",
+        [
+            {},
+            {"CKPTD_AGENT": ""},
+            {"WORLD_SIZE": "4"},
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"},
+            # torchrun on one node of a larger allocation
+            {"GROUP_WORLD_SIZE": "1", "SLURM_STEP_NUM_NODES": "3"},
+            {"GROUP_WORLD_SIZE": "many"},
+        ],
+    )
+    def test_without_an_agent_one_machine_uses_the_embedded_one(
+        self, environ: dict[str, str]
+    ) -> None:
+        assert trainer_config("mine", None, environ) == TrainerConfig("mine", "")
+
+    @pytest.mark.parametrize(
+        ("environ", "seen"),
+        [
+            ({"GROUP_WORLD_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}, "2 machines"),
+            ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "4 of 8 ranks on this one"),
+            ({"SLURM_STEP_NUM_NODES": "3"}, "3 machines"),
+        ],
+    )
+    def test_without_an_agent_several_machines_are_refused(
+        self, environ: dict[str, str], seen: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=rf"{seen}.*ckptd agent --socket PATH.*CKPTD_AGENT"):
             trainer_config("mine", None, environ)
+        assert trainer_config("mine", "/run/agent", environ).agent == "/run/agent"
+
+    def test_the_embedded_agents_directory_is_the_users_own(self) -> None:
+        assert runtime_dir({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/ckptd")
+        for environ in ({}, {"XDG_RUNTIME_DIR": ""}):
+            assert runtime_dir(environ) == Path(f"/tmp/ckptd-{os.getuid()}")
 
 
 class TestKeys:

@@ -363,8 +363,7 @@ class Coordinator:
     def _rank_report(self, node: str, state: RankState, now: float) -> None:
         job = self._job(state.job)
         key = (state.round, state.rank)
-        before = job.attachments.get(key)
-        new = before is None
+        new = key not in job.attachments
         if state.life and state.life == job.life and not job.round:
             self._recognise(job, state)
         if job.round and job.round != state.round and 0 < state.life < job.life:
@@ -554,7 +553,7 @@ class Coordinator:
         if snapshot.state is State.PROTECTED:
             return
         if message.outcome == "skipped":
-            job.pacer.missed(message.id.step)
+            job.pacer.missed()
         state = State(message.outcome)
         if snapshot.state is State.SEALED:
             self._give_up(job, snapshot, f"{node}: {message.reason}", now)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, time
@@ -55,19 +56,24 @@ class CoordinatorProcess:
         self._config = config
         self._key = ClusterKey.read(config.key_file)
         parts = urlparse(config.listen)
-        if parts.scheme != "tcp" or not parts.hostname:
-            raise ConfigError(
-                f"--listen {config.listen}: give an address like tcp://127.0.0.1:7070"
-            )
-        check_bind(parts.hostname, self._key, "--listen")
+        if parts.scheme != "ipc":  # who may enter its directory may come
+            if parts.scheme != "tcp" or not parts.hostname:
+                raise ConfigError(
+                    f"--listen {config.listen}: give an address like tcp://127.0.0.1:7070"
+                )
+            check_bind(parts.hostname, self._key, "--listen")
         self._messages: Decoder[AgentMessage | ClientMessage] = Decoder(
             AgentMessage | ClientMessage
         )
         self._bad: set[str] = set()
         self._stopping = asyncio.Event()
 
-    async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+    def stop(self) -> None:
+        """Let `run()` shut down and return."""
+        self._stopping.set()
+
+    async def run(self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
+        """Serve until told to stop, also by one of the signals."""
         context = zmq.asyncio.Context()
         authenticator = start_authenticator(context, self._key)
         self._socket = server_socket(context, self._key)
@@ -84,7 +90,7 @@ class CoordinatorProcess:
             _announce(self._config.announce, endpoint)
         log.info("coordinator ready", listen=endpoint, encrypted=bool(self._key.secret))
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals:
             loop.add_signal_handler(number, self._stopping.set)
         stopped = asyncio.create_task(self._stopping.wait())
         tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_time())]

@@ -318,7 +318,7 @@ class Capture:
         for mapped in self._mapped.values():
             for each in mapped.copies or ():
                 if name := each.written_later():
-                    self._go_eager(f"{name} was written to after step(), outside of its step()")
+                    self._go_eager(f"{name} was written to after step(), outside of optimizer.step()")
 
     def _go_eager(self, why: str) -> None:
         if self._eager_because:

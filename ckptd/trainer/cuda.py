@@ -104,7 +104,8 @@ class CudaCopies:
             self._ready, self._copied, self._passed = _new_event(), _new_event(), _new_event()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_failed = False
-        self._issued = threading.Event()
+        self._issued = False
+        self._issuing = threading.Lock()
         self._hurry = False
         self._landed = False
         self._lazy = self._audited = False
@@ -118,8 +119,7 @@ class CudaCopies:
     def begin(self, lazily: bool, audited: bool, number: int) -> None:
         """Send the copies on their way; unless `lazily`, the training stream waits for them."""
         self._lazy, self._audited = lazily, audited
-        self._awaits_evidence = self._landed = self._hurry = False
-        self._issued.clear()
+        self._awaits_evidence = self._landed = self._hurry = self._issued = False
         with torch.no_grad(), torch.cuda.device(self._device):
             training = torch.cuda.current_stream(self._device)
             training.wait_event(self._copied)  # the stage may still be being read
@@ -131,7 +131,7 @@ class CudaCopies:
                 torch._foreach_copy_(self._sample_parts, self._windows)
             self._ready.record(training)
             self._stream.wait_event(self._ready)
-            if self._pace is None:
+            if self._pace is None or not lazily:
                 self._launch()
         if not lazily:
             self._order(self._device)
@@ -177,8 +177,7 @@ class CudaCopies:
         if self._landed:
             return
         with torch.cuda.device(self._device):
-            if not self._issued.is_set():
-                self._issue_paced()
+            self._issue_paced()
             self._copied.synchronize()
         self._landed = True
 
@@ -193,9 +192,8 @@ class CudaCopies:
 
     def _order(self, device: torch.device) -> None:
         """The current stream goes on only when the copies are made."""
-        if not self._issued.is_set():  # paced: the background sends them; now at full speed
-            self._hurry = True
-            self._issued.wait()
+        self._hurry = True
+        self._issue_paced()
         torch.cuda.current_stream(device).wait_event(self._copied)
 
     def _launch(self) -> None:
@@ -207,7 +205,7 @@ class CudaCopies:
             else:
                 self._copy_all()
             self._copied.record(self._stream)
-        self._issued.set()
+        self._issued = True
 
     def _record(self) -> torch.cuda.CUDAGraph | None:
         """All copies as one launch; on the copy stream, which is the current one."""
@@ -231,19 +229,20 @@ class CudaCopies:
             self._sample_host.copy_(self._sample, non_blocking=True)
 
     def _issue_paced(self) -> None:
-        try:
-            with torch.no_grad(), torch.cuda.stream(self._stream):
-                for target, source in self._moves:
-                    for begin in range(0, len(target), _PACED_BYTES):
-                        end = min(len(target), begin + _PACED_BYTES)
-                        if self._pace is not None and not self._hurry:
-                            self._pace.wait(end - begin)
-                        target[begin:end].copy_(source[begin:end], non_blocking=True)
-                if self._windows:
-                    self._sample_host.copy_(self._sample, non_blocking=True)
-        finally:
+        """Send what `begin` has left to the background; at full speed once the gate needs it."""
+        with self._issuing, torch.no_grad(), torch.cuda.stream(self._stream):
+            if self._issued:
+                return
+            for target, source in self._moves:
+                for begin in range(0, len(target), _PACED_BYTES):
+                    end = min(len(target), begin + _PACED_BYTES)
+                    if self._pace is not None and not self._hurry:
+                        self._pace.wait(end - begin)
+                    target[begin:end].copy_(source[begin:end], non_blocking=True)
+            if self._windows:
+                self._sample_host.copy_(self._sample, non_blocking=True)
             self._copied.record(self._stream)
-            self._issued.set()
+            self._issued = True
 
     def _make_stage(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Room on the device for what is staged: as tensors like the sources, and as bytes."""

@@ -4,9 +4,9 @@ It is `ckptd embedded` (`cli/embedded.py`), an agent with a coordinator of its o
 trainer that starts it. This file is how it is found and started; `ckptd stop`, `status`, `ls` and
 `rm` find it here, too.
 
-Of the two locks, the agent holds `embedded.lock` for as long as it lives, so that nothing that a
-dead one left behind can be taken for a live one; it inherits it, locked, from who starts it. Who
-starts or stops it holds `starting.lock`.
+It holds a lock for as long as it lives, so that nothing that a dead one left behind is taken for a
+live one. It inherits that lock, locked, from who starts it: so only one can be starting, too, and
+when its starter dies in the middle, the others still wait for it.
 """
 
 import contextlib
@@ -65,11 +65,6 @@ class Places:
         return self.directory / "embedded.lock"
 
     @property
-    def starting(self) -> Path:
-        """Held by who starts or stops the agent."""
-        return self.directory / "starting.lock"
-
-    @property
     def log(self) -> Path:
         return self.directory / "embedded.log"
 
@@ -111,33 +106,29 @@ class Places:
         except OSError:
             return False
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not _lock(fd, fcntl.LOCK_SH)
         finally:
             os.close(fd)
-        return False
 
     @contextlib.contextmanager
-    def held(self, lock: Path, deadline: float) -> Iterator[int]:
-        """Hold one of the locks; gives its descriptor. Raises AgentUnreachable after `deadline`."""
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    def held(self, timeout_s: float = 0.0) -> Iterator[int | None]:
+        """Hold the lock: gives its descriptor, or None if somebody else keeps holding it."""
+        fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        deadline = monotonic() + timeout_s
         try:
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if monotonic() >= deadline:
-                        raise AgentUnreachable(
-                            f"another process holds {lock}: it is starting or stopping the "
-                            "embedded agent, or is that agent; try again, or see "
-                            f"{self.log}"
-                        ) from None
-                    sleep(_POLL_S)
-            yield fd
+            while not (mine := _lock(fd, fcntl.LOCK_EX)) and monotonic() < deadline:
+                sleep(_POLL_S)
+            yield fd if mine else None
         finally:
             os.close(fd)
+
+
+def _lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def places() -> Places:
@@ -154,18 +145,6 @@ def ensure(deadline: float) -> None:
     """
     where = places()
     where.claim()
-    if _answers(where, deadline):
-        return
-    try:
-        with where.held(where.starting, deadline):
-            _start_if_needed(where, deadline)
-    except OSError as error:
-        raise AgentUnreachable(
-            f"cannot start the embedded agent in {where.directory}: {error}; {_WAY_OUT}"
-        ) from error
-
-
-def _start_if_needed(where: Places, deadline: float) -> None:
     say_at = monotonic() + _SAY_S
     while not _answers(where, deadline):
         now = monotonic()
@@ -174,9 +153,15 @@ def _start_if_needed(where: Places, deadline: float) -> None:
                 f"the embedded agent holds {where.lock} and does not listen; see {where.log}, and "
                 "stop it with `ckptd stop`"
             )
-        if not where.running():
-            _start(where, deadline)
-            continue
+        try:
+            with where.held() as lock:
+                if lock is not None:
+                    _start(where, lock, deadline)
+                    return
+        except OSError as error:
+            raise AgentUnreachable(
+                f"cannot start the embedded agent in {where.directory}: {error}; {_WAY_OUT}"
+            ) from error
         if now >= say_at:
             log.warning("ckptd: waiting for the embedded agent; see %s", where.log)
             say_at = deadline
@@ -221,7 +206,7 @@ def peer(conn: socket.socket) -> int:
     return pid
 
 
-def _start(where: Places, deadline: float) -> None:
+def _start(where: Places, lock: int, deadline: float) -> None:
     """Start it and wait until it is ready; it ends the pipe by saying so, or by dying."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.ExitStack() as stack:
@@ -231,15 +216,14 @@ def _start(where: Places, deadline: float) -> None:
         ready, told = os.pipe()
         stack.callback(os.close, ready)
         try:
-            with where.held(where.lock, deadline) as lock:
-                _spawn((told, lock), output, deadline)
+            _spawn((told, lock), output, deadline)
         finally:
             os.close(told)
         if not _is_ready(ready, deadline):
             raise AgentUnreachable(
                 f"the embedded agent did not start: {_end_of_log(output, before)}\n"
-                f"(its log is {where.log}; instead of it, you can start an agent with `ckptd "
-                "agent`, and set CKPTD_AGENT to its socket)"
+                f"(its log is {where.log}; to use an agent that you start with `ckptd agent`, set "
+                "CKPTD_AGENT to its socket)"
             )
     log.warning(
         "ckptd: no agent is configured: started one for this machine; it ends when it is no longer "

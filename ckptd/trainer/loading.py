@@ -10,7 +10,14 @@ from torch.distributed.tensor import DTensor
 
 from ckptd.errors import CorruptData, StateMismatch
 from ckptd.segment import Header, Placed, TensorSpec
-from ckptd.trainer.state import TORCH_DTYPES, LiveState, local_of, set_rng_state, spec_of
+from ckptd.trainer.state import (
+    TORCH_DTYPES,
+    LiveState,
+    local_of,
+    set_rng_state,
+    spec_of,
+    state_of,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class SavedState:
 
 def check_fits(state: LiveState, saved: SavedState, what: str) -> None:
     """Raise StateMismatch, naming the first tensors that differ, before anything is changed."""
+    state.reshard()
     wrong = []
     live_names = set()
     for names, tensor, _ in state.model_tensors():
@@ -90,9 +98,7 @@ def check_fits(state: LiveState, saved: SavedState, what: str) -> None:
             full = "model." + name
             live_names.add(full)
             there = saved.specs.get(full)
-            if there is None:
-                wrong.append(f"{full} is not in the snapshot")
-            elif (difference := _difference(there, spec_of(full, tensor))) != "":
+            if difference := _difference(there, spec_of(full, tensor)):
                 wrong.append(f"{full} {difference}")
             elif there is not saved.specs.get("model." + names[0], there):
                 wrong.append(f"{full} is tied to {names[0]}, but was not in the snapshot")
@@ -128,6 +134,7 @@ def check_fits(state: LiveState, saved: SavedState, what: str) -> None:
 
 def load(state: LiveState, saved: SavedState) -> None:
     """Copy everything into the live objects. `check_fits` must have passed."""
+    state.reshard()
     with torch.no_grad():
         for names, tensor, _ in state.model_tensors():
             local_of(tensor).copy_(saved.tensor("model." + names[0]))
@@ -164,7 +171,12 @@ def _optimizer_differences(
                 f"{prefix} is a {type(optimizer).__name__}, which has {', '.join(here)}; the "
                 f"snapshot's optimizer has {', '.join(then)}"
             ]
-    return []
+    return [
+        f"{full} {difference}"
+        for name, parameter in state.strangers(optimizer).items()
+        for full in [f"{prefix}.{name}"]
+        if (difference := _difference(saved.specs.get(full), spec_of(full, parameter)))
+    ]
 
 
 def _load_optimizer(
@@ -174,7 +186,10 @@ def _load_optimizer(
     # would step an optimizer that has no state yet to make some.
     parameters = {name: p for p, name in state.parameter_names(optimizer).items()}
     objects = saved.objects["optimizers"][prefix]
-    optimizer.state.clear()
+    for name, parameter in state.strangers(optimizer).items():
+        local_of(parameter).copy_(saved.tensor(f"{prefix}.{name}"))
+    held = state_of(optimizer)
+    held.clear()
     for name, keys in saved.structure[prefix]["state"].items():
         parameter = parameters[name]
         values: dict[str, Any] = {}
@@ -184,7 +199,7 @@ def _load_optimizer(
             else:
                 full = f"{prefix}.{name}.{key}"
                 values[key] = _like(parameter, saved.specs[full], saved.tensor(full), device)
-        optimizer.state[parameter] = values
+        held[parameter] = values
     for group, past in zip(optimizer.param_groups, objects["groups"], strict=True):
         for key, value in past.items():
             if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
@@ -204,7 +219,9 @@ def _contains(whole: TensorSpec, part: TensorSpec) -> bool:
     )
 
 
-def _difference(saved: TensorSpec, live: TensorSpec) -> str:
+def _difference(saved: TensorSpec | None, live: TensorSpec) -> str:
+    if saved is None:
+        return "is not in the snapshot"
     if saved.dtype != live.dtype:
         return f"has dtype {live.dtype}, the snapshot {saved.dtype}"
     if (saved.global_shape or saved.shape) != (live.global_shape or live.shape):

@@ -52,12 +52,11 @@ class Plan:
         found = []
         for item, rows in zip(items, self._rows, strict=True):
             spec, local = item.spec, item.local
-            if rows is not None:
-                if rows.empty:
-                    continue
+            if rows is not None and rows.empty:
+                continue
+            if rows is not None and rows.dim is not None and not dividing.is_whole(spec, rows):
                 spec = dividing.chunk(spec, rows)
-                if rows.dim is not None:
-                    local = local.narrow(rows.dim, rows.first, rows.stop - rows.first)
+                local = local.narrow(rows.dim, rows.first, rows.stop - rows.first)
             placed = places[spec.key]
             found.append(Piece(spec.name, local, placed.begin, placed.end, item.volatile))
         return found

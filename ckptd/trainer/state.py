@@ -2,7 +2,8 @@
 
 Names follow PyTorch's canonical ones: `model.<parameter>` and `<optimizer>.<parameter>.<key>`,
 without the prefixes that wrappers (DDP, compile, activation checkpointing) add. A parameter that
-the model does not have is called after its place in the optimizer, and is this rank's own.
+the model does not have is called after its place in the optimizer, `<optimizer>.group0.0`, and is
+this rank's own.
 """
 
 import json
@@ -85,7 +86,8 @@ class LiveState:
         if isinstance(model, DistributedDataParallel):
             self.model = model.module
             self._alike = self._alike or _ranks_of(model.process_group)
-            self._not_alike = set(model.parameters_to_ignore)
+            # DDP's reducer knows a parameter of the root module as ".name".
+            self._not_alike = {_canonical(n).lstrip(".") for n in model.parameters_to_ignore}
         self.optimizers = dict(optimizers)
         self.extra = dict(extra)
         for name in self.optimizers:
@@ -111,15 +113,20 @@ class LiveState:
             for names, tensor, volatile in self.model_tensors()
         ]  # fmt: skip
         for prefix, optimizer in self.optimizers.items():
-            names = self.parameter_names(optimizer)
+            names, strangers = self.parameter_names(optimizer), self.strangers(optimizer)
+            found += [
+                Item(_spec(f"{prefix}.{name}", parameter, ()), local_of(parameter), False)
+                for name, parameter in strangers.items()
+            ]
             own = isinstance(optimizer, ZeroRedundancyOptimizer)  # each rank has other state
-            for parameter, state in optimizer.state.items():
+            for parameter, state in state_of(optimizer).items():
+                name = names[parameter]
                 for key, value in state.items():
                     if isinstance(value, torch.Tensor):
                         scalar = value.dim() == 0 and not value.is_cuda
-                        spec = _spec(f"{prefix}.{names[parameter]}.{key}", value, ())
-                        alike = not own and value.dim() > 0 and _is_named(names[parameter])
-                        ranks = self._ranks(value, names[parameter]) if alike else ()
+                        spec = _spec(f"{prefix}.{name}.{key}", value, ())
+                        alike = not own and value.dim() > 0 and name not in strangers
+                        ranks = self._ranks(value, name) if alike else ()
                         found.append(Item(spec, local_of(value), scalar, ranks))
         return found
 
@@ -141,7 +148,7 @@ class LiveState:
                             key: value.device.type if isinstance(value, torch.Tensor) else None
                             for key, value in state.items()
                         }
-                        for parameter, state in optimizer.state.items()
+                        for parameter, state in state_of(optimizer).items()
                     },
                 }
                 for prefix, optimizer in self.optimizers.items()
@@ -209,8 +216,14 @@ class LiveState:
             named[parameter] = _canonical(name)
         for number, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
-                named.setdefault(parameter, f"{_UNNAMED}{number}.{index}")
+                named.setdefault(parameter, f"group{number}.{index}")
         return named
+
+    def strangers(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+        """Parameters of the optimizer that the model does not have, by name."""
+        known = set(self.model.parameters())
+        names = self.parameter_names(optimizer)
+        return {name: parameter for parameter, name in names.items() if parameter not in known}
 
     def reshard(self) -> bool:
         """Put FSDP2's own shards back where a forward pass has left whole parameters.
@@ -256,7 +269,7 @@ class Census:
         self.values = {
             prefix: [
                 (names[parameter], held, keys)
-                for parameter, held in optimizer.state.items()
+                for parameter, held in state_of(optimizer).items()
                 if (keys := [k for k, v in held.items() if not isinstance(v, torch.Tensor)])
             ]
             for prefix, optimizer in state.optimizers.items()
@@ -266,12 +279,16 @@ class Census:
         self._optimizers = list(state.optimizers.values())
         self._groups = [[list(g["params"]) for g in o.param_groups] for o in self._optimizers]
         self._states = [
-            [(held, list(held), list(held.values())) for held in optimizer.state.values()]
+            [(held, list(held), list(held.values())) for held in state_of(optimizer).values()]
             for optimizer in self._optimizers
         ]
         tensors = [
             value
-            for _, values in [*self._dicts, *((h, v) for s in self._states for h, _, v in s)]
+            for values in [
+                *(values for _, values in self._dicts),
+                *(values for states in self._states for _, _, values in states),
+                *(state.strangers(optimizer).values() for optimizer in self._optimizers),
+            ]
             for value in values
             if isinstance(value, torch.Tensor)
         ]
@@ -295,12 +312,13 @@ class Census:
         groups: list[list[torch.Tensor]],
         states: list[tuple[dict[str, Any], list[str], list[Any]]],
     ) -> bool:
-        if len(optimizer.param_groups) != len(groups) or len(optimizer.state) != len(states):
+        now = state_of(optimizer)
+        if len(optimizer.param_groups) != len(groups) or len(now) != len(states):
             return False
         for group, past in zip(optimizer.param_groups, groups, strict=True):
             if not _same(group["params"], past):
                 return False
-        for held, (known, keys, values) in zip(optimizer.state.values(), states, strict=True):
+        for held, (known, keys, values) in zip(now.values(), states, strict=True):
             if held is not known or (
                 not _same(held.values(), values) and _differ(held, keys, values)
             ):
@@ -314,6 +332,13 @@ def _differ(held: dict[str, Any], keys: list[str], values: list[Any]) -> bool:
         now is not past and (isinstance(now, torch.Tensor) or isinstance(past, torch.Tensor))
         for now, past in zip(held.values(), values, strict=True)
     )
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
+    """Where the optimizer has its state: ZeroRedundancyOptimizer's is in another one inside."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer) and hasattr(optimizer, "optim"):
+        optimizer = optimizer.optim
+    return optimizer.state
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -336,14 +361,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-_UNNAMED = "group"
-
-
-def _is_named(name: str) -> bool:
-    head, _, tail = name.partition(".")
-    return not (head.startswith(_UNNAMED) and head[len(_UNNAMED) :].isdigit() and tail.isdigit())
 
 
 def _same(values: Any, past: list[Any]) -> bool:
