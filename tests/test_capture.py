@@ -537,13 +537,13 @@ class SlowCopier:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
         self._copy = CpuCopies._copy
-        monkeypatch.setattr(CpuCopies, "_copy", lambda copies, cell: self.copy(copies, cell))
+        monkeypatch.setattr(CpuCopies, "_copy", lambda *args: self.copy(*args))
 
-    def copy(self, copies: CpuCopies, cell: int) -> None:
+    def copy(self, copies: CpuCopies, cell: int, *rest: Any) -> None:
         if threading.current_thread().name == "ckptd-capture":
             self.begun.set()
             assert self.go.wait(DEADLINE_S)
-        self._copy(copies, cell)
+        self._copy(copies, cell, *rest)
 
 
 @pytest.mark.usefixtures("lazily")
@@ -594,7 +594,7 @@ class TestTheGate:
         slots.engine(MAKERS["sgd"]()).gate()
 
     def test_opens_when_the_copy_fails(self, monkeypatch: pytest.MonkeyPatch, slots: Slots) -> None:
-        def fail(copies: CpuCopies, cell: int) -> None:
+        def fail(copies: CpuCopies, cell: int, reached: object) -> None:
             raise RuntimeError("the device is gone")
 
         monkeypatch.setattr(CpuCopies, "land", fail)

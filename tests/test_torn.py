@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckptd.agent.store import read_segment_sidecar, verify_cells
 from ckptd.ids import SnapshotId
 from ckptd.segment import parse_header
 from ckptd.trainer import capture as capturing
@@ -88,7 +89,9 @@ class Training:
 
     def check(self, expected: dict[str, torch.Tensor]) -> None:
         """The snapshot of the newest step is exactly `expected`."""
-        with self.slots[self.step % 2].open("rb") as file:
+        path = self.slots[self.step % 2]
+        verify_cells(path, read_segment_sidecar(path))
+        with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         header = parse_header(data, "it")
         assert header.id.step == self.step
@@ -132,9 +135,9 @@ class Held:
         self.go = threading.Event()
         land = CpuCopies.land
 
-        def held(copies: CpuCopies, cell: int) -> None:
+        def held(copies: CpuCopies, cell: int, reached: Callable[[int], None] | None) -> None:
             assert self.go.wait(DEADLINE_S)
-            land(copies, cell)
+            land(copies, cell, reached)
 
         monkeypatch.setattr(CpuCopies, "land", held)
 

@@ -25,7 +25,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from ckptd.digest import cell_count, cell_span, digest, pack
+import xxhash
+
+from ckptd.digest import cell_count, cell_span, pack
 from ckptd.errors import CkptdError
 from ckptd.ids import SnapshotId
 from ckptd.segment import (
@@ -318,7 +320,9 @@ class Capture:
         for mapped in self._mapped.values():
             for each in mapped.copies or ():
                 if name := each.written_later():
-                    self._go_eager(f"{name} was written to after step(), outside of optimizer.step()")
+                    self._go_eager(
+                        f"{name} was written to after step(), outside of optimizer.step()"
+                    )
 
     def _go_eager(self, why: str) -> None:
         if self._eager_because:
@@ -416,7 +420,7 @@ class Capture:
         """Publish the segment; returns the name of a tensor that was torn instead, or ""."""
         layout, slot, copies = flight.layout, flight.slot, flight.copies
         for each in copies:
-            each.land(0)  # whatever else was sent on its way from a CUDA device has come, too
+            each.land(0, None)  # whatever else was sent on its way from a CUDA device has come, too
         objects = serialise(flight.plain)
         if len(objects) > layout.objects_capacity:
             self.outgrown = (
@@ -428,9 +432,10 @@ class Capture:
         header = layout.header(flight.id, self._rank, self._world_size, len(objects))
         digests = []
         for index in range(cell_count(layout.size_bytes, flight.cell_bytes)):
+            cell = _CellDigest(slot, header, *cell_span(index, len(slot), flight.cell_bytes))
             for each in copies:
-                each.land(index)
-            digests.append(_digest_cell(slot, header, index, layout.size_bytes, flight.cell_bytes))
+                each.land(index, cell.reach)
+            digests.append(cell.finish())
         self._count("copy_s", perf_counter() - flight.began)
         self._count("copied_bytes", layout.size_bytes - layout.data_begin)
         self.at_point("copied")
@@ -515,12 +520,20 @@ def _warn_of_volatile(items: Sequence[Item], objects_bytes: int) -> None:
         )
 
 
-def _digest_cell(
-    slot: memoryview, header: bytes, index: int, size_bytes: int, cell_bytes: int
-) -> int:
-    """Digest of a cell as it will be once the header is written."""
-    begin, length = cell_span(index, size_bytes, cell_bytes)
-    end = begin + length
-    if begin >= len(header):
-        return digest(slot[begin:end])
-    return digest(header[begin:end], slot[len(header) : max(end, len(header))])
+class _CellDigest:
+    """The digest of a cell as it will be once the header is written, made as its bytes arrive."""
+
+    def __init__(self, slot: memoryview, header: bytes, begin: int, length: int) -> None:
+        self._slot, self._end = slot, begin + length
+        self._state = xxhash.xxh3_64(header[begin : self._end])
+        self._at = max(begin, min(self._end, len(header)))
+
+    def reach(self, end: int) -> None:
+        """Everything of the cell before `end` (counted from the start of the slot) is there."""
+        if end > self._at:
+            self._state.update(self._slot[self._at : end])
+            self._at = end
+
+    def finish(self) -> int:
+        self.reach(self._end)
+        return self._state.intdigest()

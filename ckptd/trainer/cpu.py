@@ -14,7 +14,7 @@ embedding of 128,000 rows nearly always pass.
 import ctypes
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ckptd.trainer.plan import Piece
 WINDOW_BYTES = 64
 _WINDOW_EVERY_BYTES = 1 << 20
 _WINDOWS_MAX = 16
+_CACHED_BYTES = 256 << 10  # stays in a core's cache between its copy and its digest
 _SCATTER = 0x9E3779B97F4A7C15  # an odd number without a pattern (Knuth, TAOCP 3, §6.4)
 _ODD = -1
 """Stands for the pieces that do not lie in memory as they are saved; they go first."""
@@ -45,12 +46,12 @@ class CpuCopies:
     ) -> None:
         pieces = [piece for piece in pieces if piece.begin < piece.end]
         base = ctypes.addressof(ctypes.c_char.from_buffer(slot))
-        self._slot, self._pace = slot, pace
+        self._slot, self._base, self._pace = slot, base, pace
         self._settled = [p for p in pieces if not p.volatile]
         self._odd = [p for p in self._settled if not p.lies_as_saved]
         self._volatile_odd = [p for p in pieces if p.volatile and not p.lies_as_saved]
         self._volatile = [_move(p, base) for p in pieces if p.volatile and p.lies_as_saved]
-        plain = [p for p in self._settled if p.lies_as_saved]
+        plain = sorted((p for p in self._settled if p.lies_as_saved), key=lambda p: p.begin)
         self._plain = [(_move(p, base), p.name) for p in plain]
         self._cells: dict[int, list[_Move]] = {_ODD: []} if self._odd else {}
         for piece in plain:
@@ -122,10 +123,14 @@ class CpuCopies:
 
     # In the background.
 
-    def land(self, cell: int) -> None:
-        """Return when everything of this cell of the slot is copied."""
+    def land(self, cell: int, reached: Callable[[int], None] | None) -> None:
+        """Return when everything of this cell of the slot is copied.
+
+        If it is copied here, `reached` is told now and then up to which byte of the slot, so that
+        what it does with the bytes finds them in the cache.
+        """
         if cell == 0 and _ODD in self._cells:
-            self.land(_ODD)
+            self.land(_ODD, None)
         moves = self._cells.get(cell)
         if moves is None:
             return
@@ -156,10 +161,14 @@ class CpuCopies:
 
     # Both.
 
-    def _copy(self, cell: int) -> None:
+    def _copy(self, cell: int, reached: Callable[[int], None] | None = None) -> None:
         try:
             for target, source, size in self._cells[cell]:
-                ctypes.memmove(target, source, size)
+                for done in range(0, size, _CACHED_BYTES):
+                    length = min(_CACHED_BYTES, size - done)
+                    ctypes.memmove(target + done, source + done, length)
+                    if reached is not None:
+                        reached(target + done + length - self._base)
             if cell == _ODD:
                 for piece in self._odd:
                     self._copy_odd(piece)

@@ -14,7 +14,7 @@ was found at the gate is known on the host only later: `written_later`.
 import ctypes
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -172,7 +172,7 @@ class CudaCopies:
 
     # In the background.
 
-    def land(self, cell: int) -> None:
+    def land(self, cell: int, reached: Callable[[int], None] | None) -> None:
         """Return when everything has arrived in the slot."""
         if self._landed:
             return

@@ -1,5 +1,6 @@
 """Which bytes of the live state go where in this rank's segment. Computed without a collective."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,10 @@ def make_plan(
 
     Raises UnsavableState if two tensors have one name.
     """
+    # Of those that are divided, this rank's segment may have neither.
+    names = Counter(item.spec.name for item in items)
+    if twice := sorted(name for name, times in names.items() if times > 1):
+        raise UnsavableState(f"two tensors have the same name: {', '.join(twice[:3])}")
     tapes: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         if once and len(item.ranks) > 1 and rank in item.ranks:
