@@ -48,6 +48,44 @@ SIZE_BYTES = 12
 STEP_S = 0.05
 SETTINGS = Settings(cell_bytes=CELL_BYTES, beat_s=0.25, lease_s=1.5)
 
+Range = tuple[float, float]
+"""The least and the most that something takes, in seconds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a world is made of, and how fast things are in it."""
+
+    nodes: int = 4
+    """Nodes that the job runs on."""
+    ranks_per_node: int = 1
+    spares: int = 2
+    slots: int = 2
+    """Slots of each rank."""
+    control_s: Range = (0.001, 0.02)
+    """A message between an agent and the coordinator."""
+    control_tail_s: float = 0.0
+    """The mean of what may come on top of that, exponentially distributed."""
+    local_s: Range = (0.0005, 0.005)
+    """A message between a trainer and its agent."""
+    step_s: Range = (0.8 * STEP_S, 1.2 * STEP_S)
+    """A training step."""
+    capture_s: Range = (0.005, 1.5 * STEP_S)
+    """From the step to the seal."""
+    torn: float = 0.03
+    """The share of captures that fail, on each rank."""
+    check_s: Range = (0.001, 0.02)
+    """A look at a sealed segment."""
+    release_s: Range = (0.001, 0.02)
+    encode_s: Range = (0.01, 0.1)
+    """From the order to protect until all parity is there, if all nodes have the order by then."""
+    encode_again_s: Range = (0.02, 0.1)
+    """From there to the next look, if they have not."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
 
 class Clock:
     """What happens when."""
@@ -74,13 +112,15 @@ class Clock:
 class Link:
     """One direction of a connection: in order, each message after a random delay."""
 
-    def __init__(self, clock: Clock, low_s: float, high_s: float) -> None:
-        self._clock, self._low_s, self._high_s = clock, low_s, high_s
+    def __init__(self, clock: Clock, range_s: Range, tail_s: float = 0.0) -> None:
+        self._clock, self._range_s, self._tail_s = clock, range_s, tail_s
         self._last = 0.0
         self.open = True
 
     def carry(self, deliver: Callable[[], None]) -> None:
-        delay_s = self._clock.random.uniform(self._low_s, self._high_s)
+        delay_s = self._clock.random.uniform(*self._range_s)
+        if self._tail_s:
+            delay_s += self._clock.random.expovariate(1 / self._tail_s)
         self._last = max(self._last, self._clock.now + delay_s)
         self._clock.at(self._last, lambda: deliver() if self.open else None)
 
@@ -99,6 +139,8 @@ class Disk:
     """The memory directory: it outlives the agent, not the machine."""
 
     token: str
+    ranks: int
+    """World size of the job."""
     files: dict[str, File] = field(default_factory=dict)
     manifests: dict[SnapshotId, JobManifest] = field(default_factory=dict)
     records: dict[str, JobRecord] = field(default_factory=dict)
@@ -112,7 +154,7 @@ class Disk:
             if file.segment is not None:
                 id, rank = file.segment
                 size = file.size_bytes
-                segments.append((name, Sidecar(id, rank, World.RANKS, size, CELL_BYTES, b"")))
+                segments.append((name, Sidecar(id, rank, self.ranks, size, CELL_BYTES, b"")))
             elif file.parity in self.manifests:
                 parity = ParitySidecar(file.parity, 0, 0, CELL_BYTES, (), b"")
                 parities.append((name, file.size_bytes, parity))
@@ -128,7 +170,7 @@ class Disk:
     def holding(self, id: SnapshotId) -> Holding:
         ranks = {f.segment[1] for f in self.files.values() if f.segment and f.segment[0] == id}
         parity = any(f.parity == id for f in self.files.values())
-        return Holding(id, World.RANKS, tuple(Extent(r, SIZE_BYTES) for r in sorted(ranks)), parity)
+        return Holding(id, self.ranks, tuple(Extent(r, SIZE_BYTES) for r in sorted(ranks)), parity)
 
 
 class Machine:
@@ -136,7 +178,8 @@ class Machine:
 
     def __init__(self, world: "World", name: str, generation: int = 0) -> None:
         self.world, self.clock, self.name = world, world.clock, name
-        self.disk = Disk(f"{name}.{generation}")
+        self.plan = world.plan
+        self.disk = Disk(f"{name}.{generation}", self.plan.ranks)
         self.alive = True
         self.agent: Lifecycle | None = None
         self.epoch = 0
@@ -163,8 +206,7 @@ class Machine:
             "tcp://coordinator:1",
         )
         self.agent = Lifecycle(identity, self.disk.adopt(), self.clock.now)
-        self.up = Link(self.clock, 0.001, 0.02)
-        self.down = Link(self.clock, 0.001, 0.02)
+        self._link()
         self._tick(self.epoch)
         self.connect()
 
@@ -183,11 +225,17 @@ class Machine:
         def connected() -> None:
             if self.epoch == epoch and self.agent is not None and not self.cut:
                 self.disconnect()
-                self.up = Link(self.clock, 0.001, 0.02)
-                self.down = Link(self.clock, 0.001, 0.02)
+                self._link()
                 self.feed(ev.Connected())
 
         self.clock.soon(0.005, 0.2, connected)
+
+    def _link(self) -> None:
+        """A connection to the coordinator."""
+        plan = self.plan
+        self.up, self.down = (
+            Link(self.clock, plan.control_s, plan.control_tail_s) for _ in range(2)
+        )
 
     def disconnect(self) -> None:
         self.up.open = self.down.open = False
@@ -209,7 +257,7 @@ class Machine:
         for action in actions:
             self._carry_out(action)
 
-    def _later(self, low_s: float, high_s: float, work: Callable[[], ev.Event | None]) -> None:
+    def _later(self, range_s: Range, work: Callable[[], ev.Event | None]) -> None:
         """Work in the background of this agent process."""
         epoch = self.epoch
 
@@ -219,7 +267,7 @@ class Machine:
                 if event is not None:
                     self.feed(event)
 
-        self.clock.soon(low_s, high_s, done)
+        self.clock.soon(*range_s, done)
 
     def _carry_out(self, action: ev.Action) -> None:
         disk = self.disk
@@ -247,16 +295,16 @@ class Machine:
                     disk.files[name] = File(size_bytes)
                     return ev.Allocated(name)
 
-                self._later(0.005, 0.05, allocate)
+                self._later((0.005, 0.05), allocate)
             case ev.CheckSegment(name, id, rank):
 
                 def check() -> ev.Event:
                     if disk.files[name].segment != (id, rank):
                         return ev.SegmentChecked(name, None, "it was not sealed")
-                    sidecar = Sidecar(id, rank, World.RANKS, SIZE_BYTES, CELL_BYTES, b"")
+                    sidecar = Sidecar(id, rank, disk.ranks, SIZE_BYTES, CELL_BYTES, b"")
                     return ev.SegmentChecked(name, sidecar)
 
-                self._later(0.001, 0.02, check)
+                self._later(self.plan.check_s, check)
             case ev.Release(name):
 
                 def release() -> ev.Event:
@@ -264,7 +312,7 @@ class Machine:
                         disk.files[name].segment = disk.files[name].parity = None
                     return ev.Released(name)
 
-                self._later(0.001, 0.02, release)
+                self._later(self.plan.release_s, release)
             case ev.Encode():
                 again = action.manifest.id in self.runs
                 self.runs[action.manifest.id] = action
@@ -273,9 +321,9 @@ class Machine:
             case ev.StopEncode(id):
                 run = self.runs.pop(id, None)
                 if run is not None and not run.serve_only:
-                    self._later(0.001, 0.02, lambda: ev.EncodeFailed(id, ""))
+                    self._later((0.001, 0.02), lambda: ev.EncodeFailed(id, ""))
             case ev.Fetch():
-                self._later(0.01, 0.1, lambda: self._fetch(action))
+                self._later((0.01, 0.1), lambda: self._fetch(action))
 
     def _encode(self, action: ev.Encode) -> None:
         """Parity is there once all members have their segments and take part."""
@@ -294,12 +342,12 @@ class Machine:
                     or id not in other.runs
                     or not set(member.extents) <= set(other.disk.holding(id).extents)
                 ):
-                    self._later(0.02, 0.1, attempt)
+                    self._later(self.plan.encode_again_s, attempt)
                     return None
             self.disk.files.setdefault(name, File(action.size_bytes)).parity = id
             return ev.Encoded(id)
 
-        self._later(0.01, 0.1, attempt)
+        self._later(self.plan.encode_s, attempt)
 
     def _fetch(self, action: ev.Fetch) -> ev.Event | None:
         """As the source says, or from what is left of it."""
@@ -318,12 +366,12 @@ class Machine:
                 continue
             found[node] = machine.disk.holding(action.id)
         held = recovery.rank_holders(found)
-        verdict = recovery.judge(action.source.manifest, World.RANKS, found)
+        verdict = recovery.judge(action.source.manifest, self.disk.ranks, found)
         if action.rank in held or verdict.restorable:
             self.disk.files.setdefault(action.name, File(action.size_bytes)).segment = wanted
             return ev.Fetched(action.name, 3, 0)
         if away:
-            self._later(0.05, 0.2, lambda: self._fetch(action))
+            self._later((0.05, 0.2), lambda: self._fetch(action))
             return None
         return ev.FetchFailed(action.name, "Unrecoverable", verdict.reason)
 
@@ -341,11 +389,11 @@ class Local:
     numbers = itertools.count(1)
 
     def __init__(self, machine: Machine) -> None:
-        self.machine, self.clock = machine, machine.clock
+        self.machine, self.clock, self.plan = machine, machine.clock, machine.plan
         self.alive = True
         self.conn = 0
         self._epoch = -1
-        self.down = self._up = Link(self.clock, 0.0, 0.0)
+        self.down = self._up = Link(self.clock, (0.0, 0.0))
         self._connect()
 
     def _connect(self) -> None:
@@ -354,7 +402,7 @@ class Local:
         if self.machine.agent is not None and self._epoch != self.machine.epoch:
             self.conn, self._epoch = next(self.numbers), self.machine.epoch
             self.down.open = self._up.open = False
-            self.down, self._up = (Link(self.clock, 0.0005, 0.005) for _ in range(2))
+            self.down, self._up = (Link(self.clock, self.plan.local_s) for _ in range(2))
             self.machine.locals[self.conn] = self  # type: ignore[assignment]
             self.connected()
         self.clock.soon(0.05, 0.2, self._connect)
@@ -418,11 +466,14 @@ class Trainer(Local):
         self.opened = False
         self.tickets: dict[int, Ticket] = {}
         self.captures: set[SnapshotId] = set()
+        self.copied_at = 0.0
+        """When all that was to be captured is, or will be."""
         super().__init__(machine)
 
     def connected(self) -> None:
         self.tickets.clear()
-        self.say(Attach(JOB, self.run.round, self.rank, World.RANKS, 1, 2, self.life))
+        ranks, slots = self.plan.ranks, self.plan.slots
+        self.say(Attach(JOB, self.run.round, self.rank, ranks, 1, slots, self.life))
         if self.opened:
             self.say(OpenLayout(self.life, SIZE_BYTES))
         elif self.pending is not None:
@@ -467,25 +518,28 @@ class Trainer(Local):
         """The file is mapped: what is written to it later goes there even if it was deleted."""
         assert file.segment is None, "a slot that holds a snapshot was given out"
         self.captures.add(ticket.id)
+        self.machine.world.captured.setdefault(ticket.id, set()).add(self.rank)
 
         def sealed() -> None:
             self.captures.discard(ticket.id)
             if not self.alive or not self.machine.alive:
                 return
-            if self.clock.random.random() < 0.03:
+            if self.run.tears(self):
                 self.say(CaptureFailed(ticket.id, "torn", "for the story"))
                 return
             file.segment = (ticket.id, self.rank)
             self.say(Sealed(ticket.id))
 
-        self.clock.soon(0.005, 1.5 * STEP_S, sealed)
+        self.copied_at = self.clock.now + self.clock.random.uniform(*self.plan.capture_s)
+        self.clock.at(self.copied_at, sealed)
 
 
 class Run:
     """One round: all ranks from the launch to the death of the first."""
 
     def __init__(self, world: "World", number: int, machines: list[Machine]) -> None:
-        self.world, self.clock, self.round = world, world.clock, f"r{number}"
+        self.world, self.clock, self.plan = world, world.clock, world.plan
+        self.round = f"r{number}"
         self.over = False
         self.waiting = ""
         self.life = 0
@@ -502,7 +556,7 @@ class Run:
 
     def attached(self, trainer: Trainer) -> None:
         self._here.add(trainer.rank)
-        if len(self._here) == World.RANKS and not self._asked:
+        if len(self._here) == self.plan.ranks and not self._asked:
             self._asked = True
             self.trainers[0].request(AskResume(()))
 
@@ -536,7 +590,7 @@ class Run:
             file = trainer.machine.disk.files[message.path.removeprefix("/")]
             assert file.segment == (self.granted, trainer.rank), "another segment was loaded"
         self._answers[trainer.rank] = message
-        if len(self._answers) < World.RANKS or self.over:
+        if len(self._answers) < self.plan.ranks or self.over:
             return
         failed = [answer for answer in self._answers.values() if isinstance(answer, Rejected)]
         if failed:
@@ -561,7 +615,11 @@ class Run:
             self.step += 1
             for trainer in self.trainers:
                 trainer.step(self.step)
-        self.clock.soon(0.8 * STEP_S, 1.2 * STEP_S, self._train)
+        self.clock.soon(*self.plan.step_s, self._train)
+
+    def tears(self, trainer: Trainer) -> bool:
+        """Whether this capture of the rank fails."""
+        return self.clock.random.random() < self.plan.torn
 
     def end(self) -> None:
         if self.over:
@@ -587,13 +645,18 @@ class Promise:
 
 
 class World:
-    """Four nodes, spares, a coordinator, a launcher; and what must hold."""
+    """Nodes, spares, a coordinator, a launcher; and what must hold."""
 
-    RANKS = 4
-    SPARES = 2
-
-    def __init__(self, seed: int, memory_limit_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        seed: int,
+        plan: Plan = Plan(),
+        run_kind: type[Run] = Run,
+        memory_limit_bytes: int = 1 << 20,
+    ) -> None:
         self.clock = Clock(seed)
+        self.plan = plan
+        self._run_kind = run_kind
         self.memory_limit_bytes = memory_limit_bytes
         self.machines: dict[str, Machine] = {}
         self._names = itertools.count()
@@ -604,14 +667,16 @@ class World:
         self.promise: Promise | None = None
         self.commits: list[tuple[float, SnapshotId]] = []
         self.tickets: set[SnapshotId] = set()
+        self.captured: dict[SnapshotId, set[int]] = {}
+        """The ranks that began to capture it."""
         self.refused: list[str] = []
         self.rejections: list[tuple[SnapshotId, str]] = []
         self.grants: list[SnapshotId | None] = []
         self.coordinator: Coordinator | None = Coordinator(SETTINGS, self.clock.now)
         self._coordinator_epoch = 0
-        for _ in range(self.RANKS):
+        for _ in range(plan.nodes):
             self.pool.append(self.add_machine())
-        for _ in range(self.SPARES):
+        for _ in range(plan.spares):
             Launcher(self.add_machine())
         self._tick()
         self._launch()
@@ -630,6 +695,8 @@ class World:
     def _send(self, sends: list[Send]) -> None:
         assert self.coordinator is not None
         self.coordinator.check_invariants()
+        if not sends:
+            return
         peers = {f"{m.disk.token}#{m.epoch}".encode(): m for m in self.machines.values()}
         for send in sends:
             if isinstance(send.message, Commit):
@@ -666,10 +733,12 @@ class World:
     def _launch(self) -> None:
         """A new round as soon as there are machines enough."""
         self.pool = [machine for machine in self.pool if machine.alive]
-        if len(self.pool) < self.RANKS:
+        if len(self.pool) < self.plan.nodes:
             self.clock.soon(0.1, 0.3, self._launch)
             return
-        self.run = Run(self, next(self.rounds), self.clock.random.sample(self.pool, self.RANKS))
+        chosen = self.clock.random.sample(self.pool, self.plan.nodes)
+        machines = [machine for machine in chosen for _ in range(self.plan.ranks_per_node)]
+        self.run = self._run_kind(self, next(self.rounds), machines)
 
     def restart_job(self) -> None:
         if self.run is not None and not self.run.over:
