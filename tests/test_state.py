@@ -92,7 +92,28 @@ class TestItems:
         state = LiveState(nn.Linear(1, 1), {"sgd": optimizer}, {})
         free.sum().backward()
         optimizer.step()
-        assert names(state)[2:] == ["sgd.group0.0.momentum_buffer"]
+        assert names(state)[2:] == ["sgd.group0.0", "sgd.group0.0.momentum_buffer"]
+
+    def test_their_values_come_back_too(self, tmp_path: Path) -> None:
+        def make(value: float) -> tuple[LiveState, nn.Parameter]:
+            torch.manual_seed(1)
+            free = nn.Parameter(torch.full((3,), value))
+            optimizer = torch.optim.SGD([free], lr=1.0)
+            return LiveState(nn.Linear(1, 1), {"sgd": optimizer}, {}), free
+
+        (state, free), (fresh, there) = make(1.0), make(2.0)
+        there_and_back(state, fresh, tmp_path)
+        assert torch.equal(free, there)
+
+    def test_their_shapes_are_checked(self, tmp_path: Path) -> None:
+        def make(extent: int) -> LiveState:
+            free = nn.Parameter(torch.ones(extent))
+            return LiveState(nn.Linear(1, 1), {"sgd": torch.optim.SGD([free], lr=1.0)}, {})
+
+        with pytest.raises(
+            StateMismatch, match=r"sgd\.group0\.0 has shape \[4\], the snapshot \[3\]"
+        ):
+            there_and_back(make(3), make(4), tmp_path)
 
 
 @pytest.fixture
@@ -106,11 +127,18 @@ def process_group() -> Iterator[None]:
 @pytest.mark.usefixtures("process_group")
 class TestDistributed:
     def test_ddp_has_the_names_of_the_model(self) -> None:
+        """Whether it is compiled inside, outside, or not at all."""
         model = nn.Linear(4, 3)
-        assert names(LiveState(DistributedDataParallel(model), {}, {})) == [
-            "model.weight",
-            "model.bias",
-        ]
+        for wrapped in (
+            DistributedDataParallel(model),
+            torch.compile(DistributedDataParallel(model)),
+            DistributedDataParallel(torch.compile(model)),
+        ):
+            items = LiveState(wrapped, {}, {}).items()
+            assert [(i.spec.name, i.ranks) for i in items] == [
+                ("model.weight", (0,)),
+                ("model.bias", (0,)),
+            ]
 
     def test_sharded_tensors_come_back_as_chunks(self, tmp_path: Path) -> None:
         """With FSDP2, parameters and optimizer state are DTensors; in DDP's names."""

@@ -83,6 +83,7 @@ class LiveState:
         self.model = model
         self._alike: tuple[int, ...] = tuple(sorted(replicated_over))
         self._not_alike: set[str] = set()
+        model = getattr(model, "_orig_mod", model)  # torch.compile's
         if isinstance(model, DistributedDataParallel):
             self.model = model.module
             self._alike = self._alike or _ranks_of(model.process_group)
