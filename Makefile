@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint fmt bench clean
+.PHONY: help demo test test-integrations lint fmt bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,15 +16,24 @@ SEED := $(or $(SEED),$(shell date +%s))
 IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PIP_INSTALL := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 \
 	$(BIN)/python -m pip install --quiet -c constraints.txt
+INTEGRATION_INSTALL = $(PIP_INSTALL:$(BIN)/python=$(@D)/bin/python) -c constraints-integrations.txt
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## see a job lose a process, and come back
 	$(BIN)/ckptd demo
 
 test: $(READY) ## run the tests (PYTEST_ARGS="-k stripe" chooses among them)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --randomly-seed=$(SEED) $(PYTEST_ARGS)
+
+# Each library is in an environment of its own: about 1 GB, made once.
+INTEGRATIONS := transformers lightning accelerate
+test-integrations: $(INTEGRATIONS:%=build/venv-%/.stamp) ## train, kill and resume with each library
+	for library in $(INTEGRATIONS); do \
+		build/venv-$$library/bin/python -m pytest -q -rs $(PYTEST_ARGS) \
+			tests/integrations/test_$$library.py; \
+	done
 
 lint: $(READY) ## check style, types and the import contracts
 	$(BIN)/ruff check .
@@ -36,8 +45,9 @@ fmt: $(READY) ## format the code, and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## measure the codec on this machine
+bench: $(READY) ## measure the codec and the capture on this machine
 	$(BIN)/ckptd bench erasure
+	$(BIN)/ckptd bench capture --state 100MiB --repeats 3 --steps 3
 
 clean: ## remove the virtual environment, build outputs and caches
 	rm -rf $(VENV) build dist ckptd.egg-info .mypy_cache .ruff_cache .pytest_cache \
@@ -66,4 +76,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) torch==2.13.0
 	@echo '  installing ckptd and its development tools'
 	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+build/venv-%/.stamp: $(READY) constraints-integrations.txt
+	@echo 'making the environment for $*'
+	@$(BIN)/python -m venv $(@D)
+	@$(INTEGRATION_INSTALL) torch==2.13.0
+	@$(INTEGRATION_INSTALL) -e '.[$*]' pytest pytest-timeout
 	@touch $@

@@ -143,7 +143,7 @@ class CpuCopies:
                 return
             self._todo.discard(cell)
             self._busy.add(cell)
-        self._copy(cell)
+        self._copy(cell, reached)
 
     def written_later(self) -> str:
         """`written` has said all."""
