@@ -402,7 +402,6 @@ class Capture:
             if name := self._seal(flight):
                 reason = f"{name} was written to before it was copied"
                 self._count("torn")
-                log.warning("ckptd: %s is torn: %s", flight.id, reason)
                 self._on_failed(flight.id, "torn", reason)
                 self._go_eager(f"{name} was written to after step(), outside of optimizer.step()")
             else:
@@ -410,7 +409,6 @@ class Capture:
                 self._on_sealed(flight.id)
         except Exception as error:
             self._count("failed")
-            log.warning("ckptd: the capture of %s failed: %s", flight.id, error)
             self._on_failed(flight.id, "dropped", str(error))
         finally:
             flight.plain = None

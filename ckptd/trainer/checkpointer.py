@@ -128,7 +128,7 @@ class Checkpointer:
         self._state = LiveState(model, self._optimizers, extra or {}, ranks)
         self._once, self._audit_every = replicas == "once", audit_every
         self._rate_bytes_per_s, self._strict = rate_bytes_per_s, strict
-        self._failure = ""
+        self._failure = self._last_reason = ""
         """Why a capture failed, to be raised in the next step()."""
         self._every, self._slots, self._resume_timeout_s = every, slots, resume_timeout_s
         self._client = AgentClient(self._config.agent or str(embedded.places().socket))
@@ -378,12 +378,14 @@ class Checkpointer:
             self._client.failed(ticket.id, "dropped", str(error))
             self._layout_due = True
         except Exception as error:  # whatever it is, it costs a snapshot, not the training
-            log.warning("ckptd: the capture of %s failed: %s", ticket.id, error)
             self._failed(ticket.id, "dropped", str(error))
 
     def _failed(self, id: SnapshotId, outcome: Outcome, reason: str) -> None:
         self._client.failed(id, outcome, reason)
         self._failure = f"the capture of {id} failed: {reason}"
+        if reason != self._last_reason:  # else every step might say it again
+            self._last_reason = reason
+            log.warning("ckptd: %s", self._failure)
 
     def _before_optimizer_step(self, *_: object) -> None:
         self.gate()
