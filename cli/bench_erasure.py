@@ -1,6 +1,7 @@
 """`ckptd bench erasure`."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from time import perf_counter
@@ -67,7 +68,7 @@ def command(codes: tuple[str, ...], cell_size: int, repeats: int, as_json: bool)
             str(rates["decode"]),
             str(rates["copy"]),
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _parse(code: str) -> tuple[int, int]:

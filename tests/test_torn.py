@@ -18,6 +18,7 @@ from ckptd.trainer.capture import Capture
 from ckptd.trainer.cpu import WINDOW_BYTES, CpuCopies, window_offsets
 from ckptd.trainer.loading import OpenSegment
 from ckptd.trainer.pace import Pace
+from ckptd.trainer.plan import Piece
 from ckptd.trainer.state import LiveState
 
 CELL_BYTES = 1 << 16
@@ -342,3 +343,17 @@ class TestPace:
         pace.wait(100)
         pace.wait(100)
         assert now[0] == 101.0
+
+
+def test_what_is_copied_is_told_bit_by_bit_so_that_it_can_be_digested_in_the_cache() -> None:
+    source = torch.arange(1 << 20, dtype=torch.uint8)
+    slot = memoryview(bytearray(2 * source.nbytes))
+    copies = CpuCopies([Piece("t", source, 4096, 4096 + source.nbytes, False)], slot, 1 << 20, None)
+    copies.begin(lazily=True, audited=False, number=0)
+    reached: list[int] = []
+    copies.land(0, reached.append)
+    copies.land(1, None)
+    assert reached == sorted(reached)
+    assert reached[-1] == 1 << 20
+    assert len(reached) >= 4
+    assert slot[4096 : 4096 + source.nbytes] == memoryview(source.numpy())
