@@ -20,12 +20,13 @@ import msgspec
 
 from ckptd.agent.store import Store
 from ckptd.digest import cell_span, digest, unpack_one
-from ckptd.errors import CorruptData, Gone, ProtocolError
+from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.keys import NONCE_BYTES, ClusterKey
 from ckptd.manifest import NodeManifest
 from ckptd.wire import (
     Decoder,
     GetCell,
+    GetDecoded,
     GetEncoded,
     GetManifest,
     GetParity,
@@ -45,17 +46,27 @@ _IDLE_PER_PEER = 8
 _IDLE_S = 120.0
 _MANIFEST_LIMIT_BYTES = 256 << 20
 _ACCEPT_RETRY_S = 0.1
+_SILENCE_S = 10.0
 
 EncodedRow = Callable[[GetEncoded], bytes | memoryview]
+DecodedCell = Callable[[GetDecoded], bytes | memoryview]
 
 
 class CellServer:
     """Serves the store's cells, parity and manifests on `host:port` (port 0: any)."""
 
     def __init__(
-        self, host: str, port: int, node: str, store: Store, key: ClusterKey, rows: EncodedRow
+        self,
+        host: str,
+        port: int,
+        node: str,
+        store: Store,
+        key: ClusterKey,
+        rows: EncodedRow,
+        decoded: DecodedCell,
     ) -> None:
-        self._node, self._store, self._key, self._rows = node, store, key, rows
+        self._node, self._store, self._key = node, store, key
+        self._rows, self._decoded = rows, decoded
         self._requests: Decoder[PeerRequest] = Decoder(PeerRequest, _FRAME_LIMIT_BYTES)
         self._listener = socket.create_server((host, port), backlog=128)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
@@ -116,9 +127,11 @@ class CellServer:
                     self._send_parity(conn, request)
                 case GetEncoded():
                     self._send_bytes(conn, self._rows(request))
+                case GetDecoded():
+                    self._send_bytes(conn, self._decoded(request))
                 case GetManifest():
                     self._send_bytes(conn, msgspec.msgpack.encode(self._manifest(request)))
-        except (Gone, CorruptData) as error:
+        except (Gone, CorruptData, Unrecoverable) as error:
             _send_frame(conn, NotHere(str(error)))
 
     def _manifest(self, request: GetManifest) -> NodeManifest:
@@ -154,6 +167,7 @@ class Peers:
         self._key = key
         self._mutex = threading.Lock()
         self._idle: dict[str, list[socket.socket]] = {}
+        self._silent_until: dict[str, float] = {}
         self._replies: Decoder[PeerReply] = Decoder(PeerReply, _FRAME_LIMIT_BYTES)
 
     def close(self) -> None:
@@ -163,12 +177,21 @@ class Peers:
                     conn.close()
             self._idle.clear()
 
-    def fetch(self, address: str, request: PeerRequest, into: memoryview) -> tuple[int, int]:
+    def fetch(
+        self,
+        address: str,
+        request: PeerRequest,
+        into: memoryview,
+        timeout_s: float = PEER_TIMEOUT_S,
+    ) -> tuple[int, int]:
         """Fill `into` with the payload; returns (length in bytes, digest that the peer gave).
+
+        `timeout_s`: how long the peer may be silent.
 
         Raises Gone, ProtocolError (more than `into` holds), or OSError. The caller verifies.
         """
         with self._connection(address) as conn:
+            conn.settimeout(timeout_s)
             payload = self._ask(conn, address, request, len(into))
             _receive_into(conn, into[: payload.length_bytes])
             return payload.length_bytes, payload.digest
@@ -208,6 +231,22 @@ class Peers:
 
     @contextmanager
     def _connection(self, address: str) -> Iterator[socket.socket]:
+        """A connection that nobody else uses; one that was silent is left alone for a while.
+
+        Else every cell that is looked for at a node that hangs would wait for it anew.
+        """
+        if time.monotonic() < self._silent_until.get(address, 0.0):
+            raise ConnectionError(f"{address} did not answer a moment ago")
+        try:
+            with self._open(address) as conn:
+                yield conn
+        except TimeoutError:
+            self._silent_until[address] = time.monotonic() + _SILENCE_S
+            raise
+        self._silent_until.pop(address, None)
+
+    @contextmanager
+    def _open(self, address: str) -> Iterator[socket.socket]:
         conn = self._take_idle(address)
         if conn is None:
             conn = socket.create_connection(_host_port(address), timeout=PEER_TIMEOUT_S)

@@ -9,18 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.agent.protect import codec_for
+from ckptd.agent.decode import CellDecoder
 from ckptd.agent.reader import CellReader
 from ckptd.agent.store import wrong_cells
 from ckptd.digest import cell_count, cell_span, digest, unpack_one
-from ckptd.erasure import CodecError, StripeMap
-from ckptd.errors import CorruptData, Gone, PeerError, Unrecoverable
+from ckptd.errors import PeerError, Unrecoverable
 from ckptd.ids import SnapshotId
-from ckptd.manifest import JobManifest, NodeManifest, SegmentDigests
+from ckptd.manifest import SegmentDigests
 from ckptd.segment import LENGTH_BYTES, Sidecar, checked_record, sidecar_path
 from ckptd.wire import Source
 
-_THREADS = 4
+_THREADS = 8
+_HELPERS_ASKED = 2
+HELPER_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,8 @@ class SegmentFetch:
         manifest = source.manifest
         self._manifest = manifest
         self._cell_bytes = manifest.cell_bytes if manifest is not None else 0
-        self._stripes: StripeMap | None = None
-        self._places: list[list[tuple[int, int]]] = []
-        self._known: dict[str, NodeManifest] = {}
+        self._decoder = CellDecoder(reader, id, source)
+        self._silent: set[str] = set()
         self._mutex = threading.Lock()
         self._fetched = 0
         self._rebuilt = 0
@@ -52,12 +52,9 @@ class SegmentFetch:
 
         Raises Unrecoverable, naming what is missing, and other PeerErrors.
         """
-        segment = self._segment(self._rank)
+        segment, cell_bytes = self._decoder.segment(self._rank)
         if self._manifest is None:
-            # Cells as they were captured, whatever the cluster's cell size is by now.
-            self._cell_bytes = next(
-                m.cell_bytes for m in self._known.values() if segment in m.segments
-            )
+            self._cell_bytes = cell_bytes  # as it was captured, whatever the cluster has by now
         cells = range(cell_count(segment.size_bytes, self._cell_bytes))
         if present:
             needed = wrong_cells(path, segment.size_bytes, self._cell_bytes, segment.digests)
@@ -94,13 +91,13 @@ class SegmentFetch:
                 segment,
                 index,
                 self._cell_bytes,
-                self._addresses(self._source.ranks.get(self._rank, ())),
+                self._decoder.holders(self._rank),
                 buffer,
             )
             with self._mutex:
                 self._fetched += 1
         except (PeerError, OSError) as error:
-            self._decode(segment, index, buffer, error)
+            self._rebuild(segment, index, buffer, error)
             with self._mutex:
                 self._rebuilt += 1
         skip = LENGTH_BYTES if index == 0 else 0
@@ -109,121 +106,33 @@ class SegmentFetch:
             file.write(buffer[skip:])
         return index, bytes(buffer[:LENGTH_BYTES])
 
-    def _decode(
+    def _rebuild(
         self, segment: SegmentDigests, index: int, into: memoryview, why: Exception
     ) -> None:
-        """Decode one cell from the other cells of its stripe."""
-        manifest = self._manifest
+        """Have a cell decoded by somebody who holds a part of its stripe, or decode it here.
+
+        Only one cell then comes to this node, not as many as the code has data shards, and all
+        that survived share the work.
+        """
         what = f"cell {index} of rank {segment.rank} of {self._id}"
-        if manifest is None:
-            raise Unrecoverable(f"{what} is not to be had ({why}), and there is no parity yet")
-        group_index, member = manifest.group_of(segment.rank)
-        group = manifest.groups[group_index]
-        if not group.parity_shards:
-            raise Unrecoverable(f"{what} is not to be had ({why}); its group has no parity")
-        stripes, places = self._geometry(manifest, group_index)
-        number, wanted = stripes.locate(member, places[member].index((segment.rank, index)))
-        stripe = stripes.stripes[number]
-        shards: dict[int, memoryview] = {}
-        longest = len(into)
-        missing = [str(why)]
-        for shard, (other, cell) in enumerate(stripe.data):
-            if shard == wanted or len(shards) == group.data_shards:
-                continue
-            buffer = memoryview(bytearray(manifest.cell_bytes))
-            if cell is not None:
-                rank, at = places[other][cell]
-                try:
-                    length = self._reader.cell(
-                        self._id,
-                        self._segment(rank),
-                        at,
-                        manifest.cell_bytes,
-                        self._addresses(self._source.ranks.get(rank, ())),
-                        buffer,
-                    )
-                    longest = max(longest, length)
-                except (PeerError, OSError) as error:
-                    missing.append(str(error))
-                    continue
-            shards[shard] = buffer
-        for row, keeper in enumerate(stripe.parity):
-            if len(shards) == group.data_shards:
-                break
-            node = group.members[keeper].node
-            if node not in self._source.parity:
-                missing.append(f"{node} has no parity")
-                continue
-            buffer = memoryview(bytearray(manifest.cell_bytes))
-            address = "" if node == self._reader.node else self._source.cells.get(node)
-            if address is None:
-                missing.append(f"{node} is not there")
-                continue
-            try:
-                length = self._reader.parity(self._id, group_index, number, row, address, buffer)
-                longest = max(longest, length)
-                shards[group.data_shards + row] = buffer
-            except (PeerError, OSError) as error:
-                missing.append(str(error))
-        if len(shards) < group.data_shards:
-            raise Unrecoverable(
-                f"{what} cannot be rebuilt: {len(shards)} of the {group.data_shards} cells that "
-                f"stripe {number} needs are there ({'; '.join(missing[:4])})"
-            )
-        codec = codec_for(manifest, group)
-        out = memoryview(bytearray(longest))
         try:
-            codec.decode({n: view[:longest] for n, view in shards.items()}, {wanted: out})
-        except CodecError as error:
-            raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
-        if digest(out[: len(into)]) != unpack_one(segment.digests, index):
-            raise CorruptData(f"{what}, decoded from stripe {number}, does not have its digest")
-        into[:] = out[: len(into)]
-
-    def _geometry(
-        self, manifest: JobManifest, group: int
-    ) -> tuple[StripeMap, list[list[tuple[int, int]]]]:
-        """The stripes of this rank's group and each member's cells, made at the first use."""
-        with self._mutex:
-            if self._stripes is None:
-                members = manifest.groups[group].members
-                self._places = [list(m.cell_ranks(manifest.cell_bytes)) for m in members]
-                self._stripes = manifest.stripe_map(group)
-            return self._stripes, self._places
-
-    def _segment(self, rank: int) -> SegmentDigests:
-        """Size and digests of a rank's segment, from any node that knows them."""
-        askable: list[tuple[str, list[str]]] = [
-            (node, self._addresses([node])) for node in self._source.ranks.get(rank, ())
-        ]
-        if self._manifest is not None:
-            group, member = self._manifest.group_of(rank)
-            members = self._manifest.groups[group].members
-            keepers = self._addresses([m.node for m in members])
-            askable.append((members[member].node, keepers))
-        failure: Exception = Gone(f"nobody knows the digests of rank {rank} of {self._id}")
-        for node, addresses in askable:
-            try:
-                with self._mutex:
-                    manifest = self._known.get(node)
-                if manifest is None:
-                    manifest = self._reader.node_manifest(self._id, node, addresses)
-                    with self._mutex:
-                        self._known[node] = manifest
-                segment = manifest.segment(rank)
-            except KeyError:
-                failure = Gone(f"{node} has no rank {rank} of {self._id}")
-                continue
-            except (PeerError, OSError) as error:
-                failure = error
-                continue
-            if len(segment.digests) == 8 * cell_count(segment.size_bytes, manifest.cell_bytes):
-                return segment
-        raise Unrecoverable(f"the digests of rank {rank} of {self._id} are lost: {failure}")
-
-    def _addresses(self, nodes: list[str] | tuple[str, ...]) -> list[str]:
-        cells = self._source.cells
-        return [cells[n] for n in nodes if n in cells and n != self._reader.node]
+            group, stripe, _ = self._decoder.stripe_of(segment.rank, index)
+        except Unrecoverable as error:
+            raise Unrecoverable(f"{what} is not to be had ({why}), and {error}") from error
+        if len(stripe.data) > 1:
+            request = self._decoder.request(segment.rank, index)
+            want = unpack_one(segment.digests, index)
+            helpers = [h for h in self._decoder.helpers(group, stripe) if h not in self._silent]
+            for helper in helpers[:_HELPERS_ASKED]:
+                try:
+                    length, _ = self._reader.peers.fetch(helper, request, into, HELPER_TIMEOUT_S)
+                    if length == len(into) and digest(into) == want:
+                        return
+                except PeerError:
+                    continue  # it cannot; perhaps this node can
+                except OSError:
+                    self._silent.add(helper)
+        self._decoder.decode(segment, index, into, str(why))
 
     def _sidecar(self, segment: SegmentDigests) -> Sidecar:
         world_size = (

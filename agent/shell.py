@@ -22,6 +22,7 @@ from zmq.utils.monitor import parse_monitor_message
 from ckptd.agent import events as ev
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
+from ckptd.agent.decode import DecodeService
 from ckptd.agent.fetch import SegmentFetch
 from ckptd.agent.lifecycle import Identity, Lifecycle, Use
 from ckptd.agent.protect import EncodeRun
@@ -32,6 +33,7 @@ from ckptd.erasure import ZfecCodec
 from ckptd.errors import CkptdError, ConfigError, Gone, ProtocolError
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey, check_bind
+from ckptd.manifest import JobManifest
 from ckptd.wire import (
     TRAINER_FRAME_LIMIT_BYTES,
     CoordinatorMessage,
@@ -113,6 +115,7 @@ class Agent:
             # With a key that nobody else has, it serves nobody.
             ClusterKey(secrets.token_bytes(32)) if self._config.alone else self._key,
             self._encoded_row,
+            DecodeService(self._reader, self._manifest_of),
         )
         identity = Identity(
             node=self._config.node,
@@ -451,6 +454,11 @@ class Agent:
         if run is None:
             raise Gone(f"{self._config.node} does not encode {request.id} (yet)")
         return run.row(request)
+
+    def _manifest_of(self, id: SnapshotId) -> JobManifest | None:
+        """Called from threads of the cell server, which is there first."""
+        lifecycle = getattr(self, "_lifecycle", None)
+        return None if lifecycle is None else lifecycle.manifests.get(id)
 
     def _fetch(self, action: ev.Fetch) -> ev.Event:
         path = self._store.path(action.name)

@@ -547,6 +547,20 @@ class GetEncoded(Message, frozen=True):
     row: Count
 
 
+class GetDecoded(Message, frozen=True):
+    """A data cell that is lost, decoded by a node that holds another cell of its stripe.
+
+    `ranks`, `parity` and `cells` say where the rest of the stripe is, as in `Source`.
+    """
+
+    id: SnapshotId
+    rank: Count
+    cell: Count
+    ranks: dict[int, tuple[NodeId, ...]]
+    parity: tuple[NodeId, ...]
+    cells: dict[NodeId, str]
+
+
 class GetManifest(Message, frozen=True):
     """The node manifest of `node` for `id`."""
 
@@ -554,7 +568,7 @@ class GetManifest(Message, frozen=True):
     node: NodeId
 
 
-PeerRequest = GetCell | GetParity | GetEncoded | GetManifest
+PeerRequest = GetCell | GetParity | GetEncoded | GetDecoded | GetManifest
 
 
 class Payload(Message, frozen=True):

@@ -15,6 +15,7 @@ import pytest
 
 from ckptd.agent import cells
 from ckptd.agent.cells import CellServer, Peers
+from ckptd.agent.decode import DecodeService
 from ckptd.agent.fetch import Outcome, SegmentFetch
 from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
@@ -28,6 +29,7 @@ from ckptd.manifest import Extent, Group, JobManifest, Member, NodeManifest
 from ckptd.segment import Sidecar, TensorSpec, checked_record, plan_layout, sidecar_path
 from ckptd.wire import (
     GetCell,
+    GetDecoded,
     GetEncoded,
     GetManifest,
     GetParity,
@@ -58,7 +60,15 @@ class Node:
         self.name, self.store, self.peers = name, Store(root), Peers(KEY)
         self.reader = CellReader(name, self.store, self.peers)
         self.run: EncodeRun | None = None
-        self.server = CellServer(host, 0, name, self.store, KEY, self._row)
+        self.job_manifest: JobManifest | None = None
+        decode = DecodeService(self.reader, lambda id: self.job_manifest)
+        self.decoded: list[GetDecoded] = []
+
+        def decoded(request: GetDecoded) -> memoryview:
+            self.decoded.append(request)
+            return decode(request)
+
+        self.server = CellServer(host, 0, name, self.store, KEY, self._row, decoded)
         self.address = self.server.address
 
     def _row(self, request: GetEncoded) -> memoryview:
@@ -130,6 +140,7 @@ class Cluster:
         number = self.nodes.index(node)
         held = len(self.manifest.stripe_map(0).parity_of(number))
         node.store.keep_manifest(self.manifest)
+        node.job_manifest = self.manifest
         node.run = EncodeRun(
             self.manifest,
             node.name,
@@ -325,6 +336,72 @@ class TestLosses:
         source = cluster.source((cluster.nodes[0],))
         with pytest.raises(Unrecoverable, match=f"the digests of rank {rank} of .* are lost"):
             cluster.fetch(cluster.nodes[1], rank, source)
+
+
+class TestTheWorkIsShared:
+    """A node that lost its memory gets its cells, and not k times as much to decode them from."""
+
+    def lose_one(self, build: Build) -> tuple[Cluster, Node, int]:
+        cluster = build([1, 1, 1, 1, 1, 1], 2, seed=5)
+        cluster.protect()
+        lost = cluster.nodes[2]
+        (rank,) = cluster.ranks[lost.name]
+        lost.close()
+        return cluster, lost, rank
+
+    def test_by_all_survivors(self, build: Build) -> None:
+        cluster, lost, _ = self.lose_one(build)
+        newcomer = cluster.newcomer()
+        came = count_received(newcomer.peers)
+        (rank,) = cluster.ranks[lost.name]
+        cluster.fetch(newcomer, rank, cluster.source((lost,)))
+        assert sum(came) == len(cluster.segments[rank])
+        asked = {node.name: len(node.decoded) for node in cluster.nodes if node is not lost}
+        cells_ = cell_count(len(cluster.segments[rank]), CELL_BYTES)
+        assert sum(asked.values()) == cells_
+        assert max(asked.values()) <= -(-cells_ // len(asked)) + 1
+
+    def test_whatever_the_helpers_do_the_right_bytes_come_out(
+        self, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cluster, lost, rank = self.lose_one(build)
+
+        def lie(request: GetDecoded) -> memoryview:
+            return memoryview(bytearray(CELL_BYTES))
+
+        def refuse(request: GetDecoded) -> memoryview:
+            raise Gone("I would rather not")
+
+        for node, answer in zip(cluster.nodes[3:], (lie, refuse, lie), strict=True):
+            monkeypatch.setattr(node.server, "_decoded", answer)
+        cluster.fetch(cluster.newcomer(), rank, cluster.source((lost,)))
+
+    def test_a_helper_that_lacks_what_it_needs_says_so(self, build: Build) -> None:
+        cluster, _, rank = self.lose_one(build)
+        helper = cluster.nodes[0]
+        into = memoryview(bytearray(CELL_BYTES))
+        for request, match in (
+            (GetDecoded(ID, rank, 0, {}, (), {}), "cannot be rebuilt"),
+            (GetDecoded(ID, rank, 10_000, {}, (), {}), "has no cell 10000"),
+            (GetDecoded(ID, 99, 0, {}, (), {}), "has no rank 99"),
+            (GetDecoded(SnapshotId("job", 9, 9), rank, 0, {}, (), {}), "no manifest of"),
+        ):
+            with pytest.raises(Gone, match=match):
+                cluster.nodes[1].peers.fetch(helper.address, request, into)
+
+
+def count_received(peers: Peers) -> list[int]:
+    """The bytes of every payload that comes through `peers` from now on."""
+    came: list[int] = []
+    fetch = peers.fetch
+
+    def counting(*args, **kwargs) -> tuple[int, int]:
+        length, value = fetch(*args, **kwargs)
+        came.append(length)
+        return length, value
+
+    peers.fetch = counting  # type: ignore[method-assign]
+    return came
 
 
 class TestFlippedBits:
@@ -532,6 +609,21 @@ class FakeServer:
 
     def close(self) -> None:
         self._thread.join(DEADLINE_S)
+
+
+def test_a_peer_that_was_silent_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "PEER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(cells, "_SILENCE_S", 1000.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address, peers = "{}:{}".format(*listener.getsockname()), Peers(KEY)
+        request, into = GetCell(ID, 0, 0), memoryview(bytearray(1))
+        with pytest.raises(TimeoutError):
+            peers.fetch(address, request, into)
+        with pytest.raises(ConnectionError, match="did not answer a moment ago"):
+            peers.fetch(address, request, into)
+        peers._silent_until.clear()
+        with pytest.raises(TimeoutError):
+            peers.fetch(address, request, into)
 
 
 class TestPeersThatMisbehave:

@@ -1,0 +1,268 @@
+"""Finding cells of a snapshot, and decoding those that nobody has from the rest of their stripe."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from ckptd.agent.protect import codec_for
+from ckptd.agent.reader import CellReader
+from ckptd.digest import cell_count, cell_span, digest, unpack_one
+from ckptd.erasure import CodecError, Stripe, StripeMap
+from ckptd.errors import CorruptData, Gone, PeerError, Unrecoverable
+from ckptd.ids import SnapshotId
+from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
+from ckptd.wire import GetDecoded, Source
+
+_AT_ONCE = 4  # each needs as much memory as a stripe's data
+_ROOM_WAIT_S = 5.0
+_SNAPSHOTS_KNOWN = 4
+
+
+class Geometry:
+    """What does not depend on who is there: the stripes of a snapshot, and its node manifests."""
+
+    def __init__(self) -> None:
+        self.mutex = threading.Lock()
+        self.manifests: dict[str, NodeManifest] = {}
+        self._stripes: dict[int, tuple[StripeMap, list[list[tuple[int, int]]]]] = {}
+
+    def of_group(
+        self, manifest: JobManifest, group: int
+    ) -> tuple[StripeMap, list[list[tuple[int, int]]]]:
+        """The stripes of a group, and (rank, index) of each member's cells; made once."""
+        with self.mutex:
+            if group not in self._stripes:
+                members = manifest.groups[group].members
+                places = [list(m.cell_ranks(manifest.cell_bytes)) for m in members]
+                self._stripes[group] = manifest.stripe_map(group), places
+            return self._stripes[group]
+
+
+class CellDecoder:
+    """Knows where the cells of one snapshot are, by `source`. Thread-safe."""
+
+    def __init__(
+        self,
+        reader: CellReader,
+        id: SnapshotId,
+        source: Source,
+        known: "Geometry | None" = None,
+    ) -> None:
+        """`known`: what another decoder of this snapshot has found out already."""
+        self._reader, self._id, self._source = reader, id, source
+        self.known = known if known is not None else Geometry()
+
+    def segment(self, rank: int) -> tuple[SegmentDigests, int]:
+        """Size and digests of a rank's segment, and the bytes in a cell, from whoever knows them.
+
+        Raises Unrecoverable if nobody does.
+        """
+        askable: list[tuple[str, list[str]]] = [
+            (node, self.addresses([node])) for node in self._source.ranks.get(rank, ())
+        ]
+        job = self._source.manifest
+        if job is not None:
+            group, member = job.group_of(rank)
+            members = job.groups[group].members
+            keepers = self.addresses([m.node for m in members])
+            askable.append((members[member].node, keepers))
+        failure: Exception = Gone(f"nobody knows the digests of rank {rank} of {self._id}")
+        for node, addresses in askable:
+            try:
+                with self.known.mutex:
+                    manifest = self.known.manifests.get(node)
+                if manifest is None:
+                    manifest = self._reader.node_manifest(self._id, node, addresses)
+                    with self.known.mutex:
+                        self.known.manifests[node] = manifest
+                segment = manifest.segment(rank)
+            except KeyError:
+                failure = Gone(f"{node} has no rank {rank} of {self._id}")
+                continue
+            except (PeerError, OSError) as error:
+                failure = error
+                continue
+            if len(segment.digests) == 8 * cell_count(segment.size_bytes, manifest.cell_bytes):
+                return segment, manifest.cell_bytes
+        raise Unrecoverable(f"the digests of rank {rank} of {self._id} are lost: {failure}")
+
+    def addresses(self, nodes: list[str] | tuple[str, ...]) -> list[str]:
+        """Where the agents of these nodes serve cells, as far as they are there, and not here."""
+        cells = self._source.cells
+        return [cells[n] for n in nodes if n in cells and n != self._reader.node]
+
+    def holders(self, rank: int) -> list[str]:
+        """The addresses of those who hold the whole segment of `rank`."""
+        return self.addresses(self._source.ranks.get(rank, ()))
+
+    def stripe_of(self, rank: int, index: int) -> tuple[int, Stripe, int]:
+        """(group, stripe, shard) of a cell. Raises Unrecoverable if no parity protects it."""
+        manifest = self._source.manifest
+        if manifest is None:
+            raise Unrecoverable("there is no parity yet")
+        try:
+            group, member = manifest.group_of(rank)
+        except KeyError:
+            raise Gone(f"{self._id} has no rank {rank}") from None
+        if not manifest.groups[group].parity_shards:
+            raise Unrecoverable("its group has no parity")
+        stripes, _ = self.known.of_group(manifest, group)
+        before = 0
+        for extent in manifest.groups[group].members[member].extents:
+            cells = cell_count(extent.size_bytes, manifest.cell_bytes)
+            if extent.rank == rank and index < cells:
+                number, shard = stripes.locate(member, before + index)
+                return group, stripes.stripes[number], shard
+            before += cells
+        raise Gone(f"rank {rank} of {self._id} has no cell {index}")
+
+    def helpers(self, group: int, stripe: Stripe) -> list[str]:
+        """Addresses of those who hold a cell of the stripe, each stripe beginning with another."""
+        manifest = self._source.manifest
+        if manifest is None:
+            return []
+        members = manifest.groups[group].members
+        there = [
+            member.node
+            for member in members
+            if member.node in self._source.parity
+            or any(
+                member.node in self._source.ranks.get(extent.rank, ()) for extent in member.extents
+            )
+        ]
+        found = self.addresses(there)
+        first = stripe.number % max(1, len(found))
+        return found[first:] + found[:first]
+
+    def request(self, rank: int, index: int) -> GetDecoded:
+        """What to ask a helper for: all that it must know to decode the cell."""
+        group, stripe, _ = self.stripe_of(rank, index)
+        ranks = {r for r, _ in self._cells_of(group, stripe) if r != rank}
+        nodes = [self._group(group).members[member].node for member in stripe.parity]
+        source = self._source
+        where = {r: source.ranks[r] for r in sorted(ranks) if r in source.ranks}
+        parity = tuple(node for node in nodes if node in source.parity)
+        named = {*parity, *(node for held in where.values() for node in held)}
+        cells = {node: source.cells[node] for node in sorted(named) if node in source.cells}
+        return GetDecoded(self._id, rank, index, where, parity, cells)
+
+    def decode(self, segment: SegmentDigests, index: int, into: memoryview, why: str = "") -> None:
+        """Decode one data cell from the other cells of its stripe, whichever can be had.
+
+        `why`: why it cannot be had itself, for an error.
+
+        Raises Unrecoverable if they are too few, CorruptData if what comes out is wrong.
+        """
+        what = f"cell {index} of rank {segment.rank} of {self._id}"
+        group_index, stripe, wanted = self.stripe_of(segment.rank, index)
+        manifest, group = self._job(), self._group(group_index)
+        number = stripe.number
+        _, places = self.known.of_group(manifest, group_index)
+        shards: dict[int, memoryview] = {}
+        longest = len(into)
+        missing = [why] if why else []
+        for shard, (other, cell) in enumerate(stripe.data):
+            if shard == wanted or len(shards) == group.data_shards:
+                continue
+            buffer = memoryview(bytearray(manifest.cell_bytes))
+            if cell is not None:
+                rank, at = places[other][cell]
+                try:
+                    length = self._reader.cell(
+                        self._id,
+                        self.segment(rank)[0],
+                        at,
+                        manifest.cell_bytes,
+                        self.holders(rank),
+                        buffer,
+                    )
+                    longest = max(longest, length)
+                except (PeerError, OSError) as error:
+                    missing.append(str(error))
+                    continue
+            shards[shard] = buffer
+        for row, keeper in enumerate(stripe.parity):
+            if len(shards) == group.data_shards:
+                break
+            node = group.members[keeper].node
+            if node not in self._source.parity:
+                missing.append(f"{node} has no parity")
+                continue
+            buffer = memoryview(bytearray(manifest.cell_bytes))
+            address = "" if node == self._reader.node else self._source.cells.get(node)
+            if address is None:
+                missing.append(f"{node} is not there")
+                continue
+            try:
+                length = self._reader.parity(self._id, group_index, number, row, address, buffer)
+                longest = max(longest, length)
+                shards[group.data_shards + row] = buffer
+            except (PeerError, OSError) as error:
+                missing.append(str(error))
+        if len(shards) < group.data_shards:
+            raise Unrecoverable(
+                f"{what} cannot be rebuilt: {len(shards)} of the {group.data_shards} cells that "
+                f"stripe {number} needs are there ({'; '.join(missing[:4])})"
+            )
+        codec = codec_for(manifest, group)
+        out = memoryview(bytearray(longest))
+        try:
+            codec.decode({n: view[:longest] for n, view in shards.items()}, {wanted: out})
+        except CodecError as error:
+            raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
+        if digest(out[: len(into)]) != unpack_one(segment.digests, index):
+            raise CorruptData(f"{what}, decoded from stripe {number}, does not have its digest")
+        into[:] = out[: len(into)]
+
+    def _job(self) -> JobManifest:
+        if self._source.manifest is None:
+            raise Unrecoverable("there is no parity yet")
+        return self._source.manifest
+
+    def _group(self, number: int) -> Group:
+        return self._job().groups[number]
+
+    def _cells_of(self, group: int, stripe: Stripe) -> list[tuple[int, int]]:
+        _, places = self.known.of_group(self._job(), group)
+        return [places[member][cell] for member, cell in stripe.data if cell is not None]
+
+
+class DecodeService:
+    """Answers GetDecoded: decodes cells here for a node that has lost them."""
+
+    def __init__(
+        self, reader: CellReader, manifest_of: Callable[[SnapshotId], JobManifest | None]
+    ) -> None:
+        self._reader, self._manifest_of = reader, manifest_of
+        self._mutex = threading.Lock()
+        self._known: OrderedDict[SnapshotId, Geometry] = OrderedDict()
+        self._room = threading.BoundedSemaphore(_AT_ONCE)
+
+    def __call__(self, request: GetDecoded) -> memoryview:
+        """The cell. Raises Gone, CorruptData or Unrecoverable."""
+        manifest = self._manifest_of(request.id)
+        if manifest is None:
+            raise Gone(f"{self._reader.node} has no manifest of {request.id}")
+        if not self._room.acquire(timeout=_ROOM_WAIT_S):
+            raise Gone(f"{self._reader.node} decodes as much as it can")
+        try:
+            source = Source(manifest, request.ranks, {}, request.parity, request.cells)
+            decoder = CellDecoder(self._reader, request.id, source, self._geometry(request.id))
+            decoder.stripe_of(request.rank, request.cell)  # there is such a cell
+            segment, cell_bytes = decoder.segment(request.rank)
+            _, length = cell_span(request.cell, segment.size_bytes, cell_bytes)
+            into = memoryview(bytearray(length))
+            decoder.decode(segment, request.cell, into)
+            return into
+        except OSError as error:
+            raise Gone(f"{self._reader.node} cannot decode it: {error}") from error
+        finally:
+            self._room.release()
+
+    def _geometry(self, id: SnapshotId) -> Geometry:
+        with self._mutex:
+            found = self._known.pop(id, None) or Geometry()
+            self._known[id] = found
+            while len(self._known) > _SNAPSHOTS_KNOWN:
+                self._known.popitem(last=False)
+            return found
