@@ -118,6 +118,16 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchMoved:
+    """So many of the cells that a segment needs have been brought here, for so long."""
+
+    name: str
+    done: int
+    cells: int
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Fetched:
     """A segment has been brought here (or checked, and repaired, where it was)."""
 
@@ -147,6 +157,7 @@ Event = (
     | Encoded
     | EncodeFailed
     | Trouble
+    | FetchMoved
     | Fetched
     | FetchFailed
 )

@@ -5,6 +5,7 @@ it with the right digest, and decoded from the other cells of its stripe where n
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,16 @@ class Outcome:
 class SegmentFetch:
     """Fetches the segment of `rank` of `id` into `path`."""
 
-    def __init__(self, reader: CellReader, id: SnapshotId, rank: int, source: Source) -> None:
+    def __init__(
+        self,
+        reader: CellReader,
+        id: SnapshotId,
+        rank: int,
+        source: Source,
+        moved: Callable[[int, int], None] = lambda done, cells: None,
+    ) -> None:
+        """`moved` is told, in any thread, how many of the cells that are needed are here."""
+        self._moved = moved
         self._reader, self._id, self._rank, self._source = reader, id, rank, source
         manifest = source.manifest
         self._manifest = manifest
@@ -67,9 +77,9 @@ class SegmentFetch:
         _write_head(path, bytes(LENGTH_BYTES))  # not a segment until it is whole
         try:
             with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckptd-fetch") as pool:
-                for index, first in pool.map(
-                    lambda index: self._one_cell(path, segment, index), needed
-                ):
+                cells_here = pool.map(lambda index: self._one_cell(path, segment, index), needed)
+                for done, (index, first) in enumerate(cells_here, start=1):
+                    self._moved(done, len(needed))
                     if index == 0:
                         head = first
         except BaseException:

@@ -29,6 +29,7 @@ from ckptd.wire import (
     Detached,
     Dismiss,
     Drop,
+    Fetching,
     Forget,
     Grant,
     Granted,
@@ -191,6 +192,7 @@ class Lifecycle:
         self._restoring: dict[str, set[int]] = {}
         """Slot name to the trainers that wait for its segment."""
         self._fetches: dict[str, int] = {}
+        self._fetching: dict[str, Fetching] = {}
         """Slot name to the life for which a Fetch into it, or a check of it, is under way."""
         self._bereft: set[str] = set()
         """Jobs that have lost a trainer whose slots the next life will claim."""
@@ -244,6 +246,8 @@ class Lifecycle:
                 self._encode_failed(event)
             case ev.Trouble():
                 self._problem(event.reason)
+            case ev.FetchMoved():
+                self._fetch_moved(event)
             case ev.Fetched():
                 self._fetched(event)
             case ev.FetchFailed():
@@ -261,6 +265,7 @@ class Lifecycle:
                         self.identity.incarnation,
                         self.used_bytes,
                         tuple(self.problems),
+                        tuple(self._fetching.values()),
                     )
                 )
         if now >= self._waiting_at:
@@ -913,9 +918,17 @@ class Lifecycle:
             self._problem(f"{event.id} cannot be protected: {event.reason}")
             self._fail(event.id, "dropped", event.reason)
 
+    def _fetch_moved(self, event: ev.FetchMoved) -> None:
+        slot = self.slots.get(event.name)
+        if slot is not None and slot.id is not None and event.name in self._fetches:
+            self._fetching[event.name] = Fetching(
+                slot.id, slot.rank, slot.size_bytes, event.cells, event.done, event.for_s
+            )
+
     def _fetched(self, event: ev.Fetched) -> None:
         slot = self.slots[event.name]
         del self._fetches[event.name]
+        self._fetching.pop(event.name, None)
         waiting = self._waiting_for(event.name)
         id = slot.id
         if slot.doomed:
@@ -944,6 +957,7 @@ class Lifecycle:
     def _fetch_failed(self, event: ev.FetchFailed) -> None:
         slot = self.slots[event.name]
         life = self._fetches.pop(event.name)
+        self._fetching.pop(event.name, None)
         self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
         for trainer in self._waiting_for(event.name):
             if trainer.life == life or slot.doomed:

@@ -47,6 +47,7 @@ from ckptd.wire import (
 
 _LOCAL_BACKLOG_MESSAGES = 256
 _EXIT_GRACE_S = 0.5
+_PROGRESS_EVERY_S = 0.5
 _PEERCRED = struct.Struct("3i")
 
 log = structlog.get_logger()
@@ -464,7 +465,16 @@ class Agent:
         path = self._store.path(action.name)
         if not path.exists():
             self._store.allocate(action.name, action.size_bytes)
-        fetch = SegmentFetch(self._reader, action.id, action.rank, action.source)
+        began = told = monotonic()
+
+        def moved(done: int, cells: int) -> None:
+            nonlocal told
+            if monotonic() - told >= _PROGRESS_EVERY_S:
+                told = monotonic()
+                event = ev.FetchMoved(action.name, done, cells, told - began)
+                self._loop.call_soon_threadsafe(self._handle, event)
+
+        fetch = SegmentFetch(self._reader, action.id, action.rank, action.source, moved)
         outcome = fetch.run(path, action.present)
         self._store.publish_segment(path, outcome.sidecar)
         return ev.Fetched(action.name, outcome.fetched_cells, outcome.rebuilt_cells)

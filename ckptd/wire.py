@@ -251,6 +251,17 @@ class Hello(Message, frozen=True):
     problems: tuple[str, ...]
 
 
+class Fetching(msgspec.Struct, frozen=True):
+    """A segment that is being brought to a node: `done` of so many cells, for so long."""
+
+    id: SnapshotId
+    rank: Count
+    size_bytes: Count
+    cells: Count
+    done: Count
+    for_s: float
+
+
 class Beat(Message, frozen=True):
     """The agent is alive."""
 
@@ -258,6 +269,7 @@ class Beat(Message, frozen=True):
     incarnation: str
     memory_used_bytes: int
     problems: tuple[str, ...]
+    fetching: tuple[Fetching, ...] = ()
 
 
 class Holds(Message, frozen=True):

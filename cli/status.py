@@ -19,6 +19,7 @@ from ckptd.keys import ClusterKey
 
 _WATCH_S = 1.0
 _FAILED_SHOWN = 3
+_RESTORING_SHOWN = 4
 _MEMORY_WARN, _MEMORY_BAD = 0.85, 0.95
 
 
@@ -188,6 +189,12 @@ def _troubles(job: Mapping[str, Any], nodes: list[dict[str, Any]]) -> list[Text]
     found = []
     if job["waiting_for"]:
         found.append(show.note(f"waits for {job['waiting_for']}"))
+    for one in job["restoring"][:_RESTORING_SHOWN]:
+        text = (
+            f"rank {one['rank']} of {one['id'].rpartition('/')[2]} comes to {one['node']}: "
+            f"{one['done']:.0%}, {show.size(one['bytes_per_s'])}/s, {show.age(one['left_s'])} left"
+        )
+        found.append(Text(text, show.BUSY))
     if job["attached_ranks"] < job["world_size"]:
         text = f"{job['attached_ranks']} of {show.count(job['world_size'], 'rank')} attached"
         found.append(show.note(text))

@@ -101,6 +101,16 @@ DOCUMENT: dict[str, Any] = {
             "step_s": 0.125,
             "resumed_from": "lm/2.890",
             "waiting_for": WAITS,
+            "restoring": [
+                {
+                    "node": "node-d",
+                    "id": "lm/2.890",
+                    "rank": 4,
+                    "done": 0.25,
+                    "bytes_per_s": 210.0 * MIB,
+                    "left_s": 31.0,
+                }
+            ],
             "at_risk": {"process_steps": 13, "process_s": 75.0, "node_steps": None, "node_s": None},
             "groups": [
                 {
@@ -139,6 +149,7 @@ DOCUMENT: dict[str, Any] = {
             "step_s": 0.125,
             "resumed_from": None,
             "waiting_for": "",
+            "restoring": [],
             "at_risk": {"process_steps": 1, "process_s": 0.4, "node_steps": 2, "node_s": 0.5},
             "groups": [],
             "vacancies": {},
@@ -174,6 +185,7 @@ def test_status_hides_no_reason_and_no_number(width: int) -> None:
         "job lm waits · life 3 · resumed from 2.890",
         f"! waits for {WAITS}",
         "! 6 of 10 ranks attached",
+        "rank 4 of 2.890 comes to node-d: 25%, 210 MiB/s, 31 s left",
         "! node-d was called in place of node-b",
         "at risk 13 steps, 75 s if a process is lost · everything if a node is lost",
         "0 2+1 zfec 0 nodes node-a, node-b, node-c ! lost: node-b",

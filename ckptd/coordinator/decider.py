@@ -124,6 +124,7 @@ class Coordinator:
             case Beat():
                 node.memory_used_bytes = message.memory_used_bytes
                 node.problems = message.problems
+                node.fetching = message.fetching
             case Holds():
                 self._holds(name, message.holding, now)
                 self._look_again(message.holding.id.job, now)

@@ -8,7 +8,7 @@ from ckptd.coordinator.pacer import Pacer
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest, JobRecord
-from ckptd.wire import Hello, Holding, RankState
+from ckptd.wire import Fetching, Hello, Holding, RankState
 
 
 class State(enum.Enum):
@@ -58,6 +58,7 @@ class Node:
     """Jobs for which a launcher waits on this node."""
     memory_used_bytes: int = 0
     problems: tuple[str, ...] = ()
+    fetching: tuple[Fetching, ...] = ()
 
 
 @dataclass

@@ -91,6 +91,7 @@ def _job(coordinator: Coordinator, job: Job, now: float) -> dict[str, Any]:
             "node_steps": step - protected[0]["step"] if protected and steps else None,
             "node_s": protected[0]["age_s"] if protected else None,
         },
+        "restoring": _restoring(coordinator, job),
         "groups": _groups(coordinator, job),
         "vacancies": dict(job.vacancies),
         "snapshots": snapshots,
@@ -106,6 +107,27 @@ def _job(coordinator: Coordinator, job: Job, now: float) -> dict[str, Any]:
             for past in reversed(job.ended)
         ],
     }
+
+
+def _restoring(coordinator: Coordinator, job: Job) -> list[dict[str, Any]]:
+    """The segments that are on their way to a node, the slowest first."""
+    found = []
+    for name, node in coordinator.nodes.items():
+        for each in node.fetching if node.live else ():
+            if each.id.job != job.name or not each.done:
+                continue
+            cells_per_s = each.done / max(each.for_s, 1e-3)
+            found.append(
+                {
+                    "node": name,
+                    "id": str(each.id),
+                    "rank": each.rank,
+                    "done": each.done / max(1, each.cells),
+                    "bytes_per_s": cells_per_s * each.size_bytes / max(1, each.cells),
+                    "left_s": (each.cells - each.done) / cells_per_s,
+                }
+            )
+    return sorted(found, key=lambda one: (-one["left_s"], one["node"], one["rank"]))
 
 
 def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Stories told to the coordinator's decider by agents that are nothing but their messages."""
 
 from itertools import permutations
+from typing import Any
 
 import msgspec
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ckptd.coordinator.decider import Settings
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.state import State
+from ckptd.coordinator.view import status
 from ckptd.manifest import Ancestor, Extent, JobRecord
 from ckptd.wire import (
     Activate,
@@ -16,6 +18,7 @@ from ckptd.wire import (
     Commit,
     Dismiss,
     Drop,
+    Fetching,
     Forget,
     Grant,
     Holding,
@@ -441,6 +444,22 @@ class TestProtectAndCommit:
         grant = cluster.ask()
         assert grant is not None
         assert grant.id == second
+
+    def test_status_says_how_far_a_segment_has_come_and_when_it_will_be_there(self) -> None:
+        cluster = trained("a", "b")
+        id = cluster.tickets("a")[0]
+        on_its_way = (Fetching(id, 0, 1000, 10, 4, 2.0), Fetching(id, 1, 1000, 10, 0, 0.1))
+        cluster.say("b", Beat("b", "1", 0, (), on_its_way))
+
+        def restoring() -> list[dict[str, Any]]:
+            (job,) = status(cluster.coordinator, cluster.now, 0.0)["jobs"]
+            return job["restoring"]
+
+        (one,) = restoring()
+        assert (one["node"], one["rank"], one["id"]) == ("b", 0, str(id))
+        assert (one["done"], one["bytes_per_s"], one["left_s"]) == (0.4, 200.0, 3.0)
+        cluster.say("b", Beat("b", "1", 0, ()))
+        assert restoring() == []
 
     def test_a_node_that_came_back_empty_costs_no_snapshot(self) -> None:
         """It is a member of a protected snapshot, and the first that a new coordinator hears."""

@@ -26,6 +26,7 @@ from ckptd.wire import (
     Detached,
     Dismiss,
     Drop,
+    Fetching,
     Forget,
     Grant,
     Granted,
@@ -785,6 +786,22 @@ class TestRestore:
         (held,) = reports(done, Holds)
         assert held.holding.extents == (Extent(0, SIZE_BYTES), Extent(1, SIZE_BYTES))
         assert node.use(fetch.name) is Use.SEALED
+
+    def test_how_far_it_has_come_is_in_the_heartbeat_until_it_is_here(self) -> None:
+        node = self.held()
+        (fetch,) = only(ev.Fetch, self.resume(node, rank=1))
+
+        def beat() -> Beat:
+            node.now = node.lifecycle.next_deadline() + 3
+            (found,) = reports(node.lifecycle.tick(node.now), Beat)
+            return found
+
+        assert beat().fetching == ()
+        node.do(ev.FetchMoved(fetch.name, 2, 8, 0.5))
+        assert beat().fetching == (Fetching(snapshot(1, 4), 1, SIZE_BYTES, 8, 2, 0.5),)
+        node.do(ev.Fetched(fetch.name, 3, 0))
+        node.do(ev.FetchMoved(fetch.name, 8, 8, 0.9))  # it was on its way
+        assert beat().fetching == ()
 
     def test_a_restore_that_comes_before_the_grant_waits(self) -> None:
         node = self.held()
