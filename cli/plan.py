@@ -34,7 +34,7 @@ _SAFE, _DOUBTFUL = 0.999, 0.9
     "link_bytes_per_s",
     type=options.Rate(),
     required=True,
-    help="Network of one node, as 25Gbit/s or 1GB/s.",
+    help="Network of one node, as 25Gbit/s or 1GB/s, in powers of 1000.",
 )
 @click.option(
     "--node-mtbf",

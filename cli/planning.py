@@ -124,7 +124,7 @@ class Estimate:
     image_back_s: float
     """Until a newcomer has the image of the one node that was lost."""
     protected_again_s: float
-    """From then on until it has its parity, too, both counted."""
+    """Until the newcomer has the image and its parity, counted from the same moment."""
     fatal_domains: tuple[str, ...]
     """Numbers of the failure domains that hold more nodes of some group than it may lose."""
     at_once: dict[int, Chance]
@@ -229,8 +229,8 @@ def loss_in_incident(cluster: Cluster, groups: Sequence[Code]) -> float:
 
     An incident is the loss of a node, any alike, of a group that was whole. It lasts until the node
     is replaced and protected again. REFT's sum over the other nodes of the group, each of which is
-    lost in that time with probability 1 - exp(-time / mtbf): failures are independent and without
-    memory (exponential, where REFT takes a Weibull distribution, of which this is one).
+    lost in that time with probability 1 - exp(-time / mtbf): failures are independent, and as
+    probable for a node that has run for long as for a new one (exponentially distributed).
     """
     nodes = sum(group.nodes for group in groups)
     each = Counter(groups).items()

@@ -156,7 +156,8 @@ def parity_of_group(nodes: int, parity_shards: int | None = None) -> int:
     None wants the `default_parity`. A group keeps one data shard at least, so that one of too few
     nodes has less. Raises ValueError for less than one node.
     """
-    return min(nodes - 1, default_parity(nodes) if parity_shards is None else parity_shards)
+    default = default_parity(nodes)
+    return min(nodes - 1, default if parity_shards is None else parity_shards)
 
 
 def form_groups(

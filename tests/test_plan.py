@@ -121,6 +121,7 @@ some_groups = st.lists(
 
 
 class TestChances:
+    @settings(deadline=None)
     @given(st.integers(1, 7), st.integers(-1, 8), st.floats(0, 1))
     def test_more_than_so_many_of_a_group(self, nodes: int, than: int, each: float) -> None:
         """All 2**nodes outcomes, one by one."""

@@ -423,3 +423,7 @@ class TestFailureDomains:
     )
     def test_parity_of_a_group(self, nodes: int, wanted: int | None, parity: int) -> None:
         assert parity_of_group(nodes, wanted) == parity
+
+    def test_an_empty_group_has_no_parity_to_speak_of(self) -> None:
+        with pytest.raises(ValueError, match="a group of 0 nodes"):
+            parity_of_group(0, 2)
