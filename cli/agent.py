@@ -55,7 +55,11 @@ def _default_socket() -> str:
 @click.option(
     "--port", default=0, type=click.IntRange(0, 65535), help="Port for cells. Default: any."
 )
-@click.option("--domain", default="", help="Failure domain: what dies together, such as a rack.")
+@click.option(
+    "--domain",
+    default="",
+    help="Failure domain: what dies together, as rack7 or row3/rack7. Groups are spread over them.",
+)
 @click.option("--spare", is_flag=True, help="Show this node as a spare until it has ranks.")
 @click.option(
     "--wipe-on-exit",

@@ -19,12 +19,12 @@ from ckptd.logs import set_up_logs
 )
 @click.option(
     "--parity-shards",
-    type=click.IntRange(0, 32),
+    type=click.IntRange(0, options.MAX_PARITY_SHARDS),
     help="Nodes of each group that may be lost at once. Default: 2 from four nodes on, else 1.",
 )
 @click.option(
     "--group-nodes",
-    type=click.IntRange(2, 128),
+    type=click.IntRange(2, options.MAX_GROUP_NODES),
     default=8,
     show_default=True,
     help="Largest number of nodes that protect one another.",

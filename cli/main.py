@@ -14,6 +14,7 @@ _VERBS = {
     "embedded": "Run agent and coordinator of one machine; trainers start it by themselves.",
     "keygen": "Make the cluster key that agents and coordinator share.",
     "ls": "List snapshots: state, step, size, age, and where each can be restored from.",
+    "plan": "Say what a code costs and what it survives, before anyone starts.",
     "rendezvous": "Run the store through which torchrun's launchers find one another.",
     "rm": "Forget a job and free its memory on every node.",
     "run": "Start torchrun with what makes restarts work.",

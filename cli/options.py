@@ -18,6 +18,11 @@ ENV_MEMORY_LIMIT = "CKPTD_MEMORY_LIMIT"
 _DEFAULT_COORDINATOR = "tcp://127.0.0.1:7070"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)(bit|b|B)(?:/s|ps)?")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w|y)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+
+MAX_PARITY_SHARDS, MAX_GROUP_NODES = 32, 128
 
 
 class Size(click.ParamType[int]):
@@ -33,6 +38,48 @@ class Size(click.ParamType[int]):
             self.fail(f"{value!r} is not a size; write it like 512MiB, 4GiB or 1000000", param, ctx)
         number, unit, _ = match.groups()
         return int(float(number) * 1024 ** _POWERS[unit.upper()])
+
+
+class Rate(click.ParamType[float]):
+    """Bytes per second, as in 25Gbit, 10Gbit/s, 400Gbps, 1GB/s or 512MiB/s.
+
+    As for networks and unlike `Size`: b or bit are bits, B is bytes, and k, M, G, T are powers of
+    1000, but those of 1024 before an i. A rate of 0 is refused.
+    """
+
+    name = "rate"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        match = _RATE.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a rate; write it like 25Gbit/s or 1GB/s", param, ctx)
+        number, power, binary, unit = match.groups()
+        base = 1024 if binary else 1000
+        rate = float(number) * float(base ** _POWERS[power.upper()]) / (1 if unit == "B" else 8)
+        if not rate:
+            self.fail(f"{value!r}: at a rate of 0 nothing ever arrives", param, ctx)
+        return rate
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, as in 30s, 15min, 1000h, 30d, 2w or 5y (of 365 days)."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        match = _DURATION.fullmatch(str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} is not a time; write it like 30s, 15min, 8h or 30d", param, ctx)
+        number, unit = match.groups()
+        return float(number) * _SECONDS[unit]
 
 
 class Command(click.Command):

@@ -4,7 +4,14 @@ Pure arithmetic and geometry: no IO, no network, and nothing of the rest of ckpt
 """
 
 from ckptd.erasure.codec import MAX_SHARDS, Codec, CodecError, ZfecCodec, open_codec
-from ckptd.erasure.stripes import Stripe, StripeMap, default_parity, form_groups
+from ckptd.erasure.stripes import (
+    Stripe,
+    StripeMap,
+    default_parity,
+    exposures,
+    form_groups,
+    parity_of_group,
+)
 
 __all__ = [
     "MAX_SHARDS",
@@ -14,6 +21,8 @@ __all__ = [
     "StripeMap",
     "ZfecCodec",
     "default_parity",
+    "exposures",
     "form_groups",
     "open_codec",
+    "parity_of_group",
 ]

@@ -7,7 +7,7 @@ map from the manifest, and nobody has to send it.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, repeat
@@ -150,18 +150,38 @@ def default_parity(nodes: int) -> int:
     return 0 if nodes == 1 else 1 if nodes < 4 else 2
 
 
-def form_groups(
-    nodes: Sequence[str], parity_shards: int | None = None, max_group: int = 8
-) -> tuple[tuple[str, ...], ...]:
-    """Split `nodes`, sorted, into as few groups of at most `max_group` as possible, evenly.
+def parity_of_group(nodes: int, parity_shards: int | None = None) -> int:
+    """Parity shards that a group of `nodes` has when `parity_shards` are wanted.
 
-    Nodes are dealt out one by one, so sizes differ by at most one, neighbours in name come into
-    different groups, and the order in which the nodes are given does not matter.
+    None wants the `default_parity`. A group keeps one data shard at least, so that one of too few
+    nodes has less. Raises ValueError for less than one node.
+    """
+    default = default_parity(nodes)
+    return min(nodes - 1, default if parity_shards is None else parity_shards)
+
+
+def form_groups(
+    nodes: Collection[str],
+    parity_shards: int | None = None,
+    max_group: int = 8,
+    domains: Mapping[str, str] | None = None,
+) -> tuple[tuple[str, ...], ...]:
+    """Split `nodes` into as few groups of at most `max_group` as possible, evenly.
+
+    Sizes differ by at most one, the larger groups come first, and members are in order of name. The
+    order in which the nodes are given does not matter.
 
     Every group gets room for one data shard beside `parity_shards` (1 if None, for then each group
     takes the `default_parity` of its size) where there are nodes enough: left-over nodes then join
     the other groups, which may exceed `max_group`. With too few nodes for even one such group, all
     of them are one group, and the caller sees from its length that it cannot hold the parity.
+
+    `domains` gives the failure domain of a node: what dies together. A node that it lacks, or gives
+    an empty label, is a domain of its own. Labels change who is in which group, never the sizes.
+    A domain that has no more nodes than the parity shards of all groups together never holds more
+    nodes of a group than that group has parity; one that has more must, and is spread evenly.
+    A label of several levels, as in row3/rack7, is one domain, the rack. Since domains are dealt
+    out in order of their labels, the racks of a row follow one another, and the same holds of rows.
 
     Raises ValueError for a node given twice, a negative parity, or a `max_group` too small for it.
     """
@@ -177,6 +197,42 @@ def form_groups(
         )
     if not nodes:
         return ()
-    ordered = sorted(nodes)
-    count = min(-(-len(ordered) // max_group), max(1, len(ordered) // (parity_needed + 1)))
-    return tuple(tuple(ordered[start::count]) for start in range(count))
+    count = min(-(-len(nodes) // max_group), max(1, len(nodes) // (parity_needed + 1)))
+    smaller, larger_ones = divmod(len(nodes), count)
+    sizes = [smaller + (group < larger_ones) for group in range(count)]
+    label_of = domains or {}
+    dealt = sorted(nodes, key=lambda node: (label_of.get(node, ""), node))
+    groups: list[list[str]] = [[] for _ in sizes]
+    for node, group in zip(dealt, _deal(sizes, parity_shards), strict=True):
+        groups[group].append(node)
+    return tuple(tuple(sorted(group)) for group in groups)
+
+
+def _deal(sizes: Sequence[int], parity_shards: int | None) -> list[int]:
+    """The group that each node goes to, one node after another.
+
+    In rounds: in each, every group with room takes as many nodes as it has parity shards. So of
+    successive nodes that are no more than a round, such as those of one domain, no group gets more
+    than its parity. That holds across rounds, too, because all rounds have the same order. (Sizes
+    differ by at most one. If parity differs as well, it is 1 for groups of 3 and 2 for groups of 4:
+    after two rounds only the groups of 3 have room, and these are the first in each round.)
+    """
+    places = []
+    for group, size in enumerate(sizes):
+        parity = max(1, parity_of_group(size, parity_shards))
+        places += [(*divmod(place, parity), parity, group) for place in range(size)]
+    return [group for *_, group in sorted(places)]
+
+
+def exposures(
+    group: Iterable[str], parity_shards: int, domains: Mapping[str, str]
+) -> dict[str, int]:
+    """The failure domains that hold more nodes of `group` than `parity_shards`, and how many.
+
+    `domains` as in `form_groups`. Those that hold most come first. A group without parity is
+    exposed to each of its nodes, and not to a domain: the answer is empty.
+    """
+    if not parity_shards:
+        return {}
+    held = Counter(label for node in group if (label := domains.get(node)))
+    return {label: count for label, count in held.most_common() if count > parity_shards}

@@ -24,6 +24,7 @@ def test_the_command_line_and_the_library_start_without_torch():
     script = (
         "import sys, ckptd, ckptd.cli.main, ckptd.cli.status, ckptd.cli.ls, ckptd.cli.agent\n"
         "import ckptd.cli.coordinator, ckptd.cli.run, ckptd.cli.embedded, ckptd.cli.stop\n"
+        "import ckptd.cli.plan\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -263,7 +263,7 @@ def cluster() -> Iterator[LocalCluster]:
         coordinator_flags=["--lease", "1", "--beat", "0.2"], agent_flags=["--memory-limit", "8MiB"]
     ) as cluster:
         cluster.start_coordinator()
-        cluster.start_agent("node-a")
+        cluster.start_agent("node-a", "--domain", "row3/rack7")
         cluster.start_agent("node-b")
         cluster.wait_for_nodes(2)
         yield cluster
@@ -290,6 +290,7 @@ def test_a_real_cluster_is_shown_to_people_and_to_pipes(cluster: LocalCluster) -
     document = json.loads(ckptd(cluster, "status", "--json"))
     assert [one["node"] for one in document["nodes"]][:2] == ["node-a", "node-b"]
     assert document["nodes"][0]["memory_limit_bytes"] == 8 * MIB
+    assert [one["domain"] for one in document["nodes"]][:2] == ["row3/rack7", ""]
     assert json.loads(ckptd(cluster, "ls", "--json")) == []
     unknown = CliRunner().invoke(main, ["ls", "lm", "--coordinator", cluster.endpoint])
     assert unknown.exit_code == 1

@@ -22,7 +22,7 @@ from ckptd.coordinator.state import (
     Snapshot,
     State,
 )
-from ckptd.erasure import ZfecCodec, default_parity, form_groups
+from ckptd.erasure import ZfecCodec, form_groups, parity_of_group
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member, is_ancestor
@@ -201,6 +201,11 @@ class Coordinator:
     def live_holdings(self, id: SnapshotId) -> dict[str, Holding]:
         """What live nodes hold of one snapshot."""
         return choice.live_holdings(self.nodes, id)
+
+    @property
+    def domains(self) -> dict[str, str]:
+        """The failure domain label of each known node that has one; also of lost nodes."""
+        return {name: node.hello.domain for name, node in self.nodes.items() if node.hello.domain}
 
     def check_invariants(self) -> None:
         """Raise InternalError if what must always hold does not. Called by tests."""
@@ -690,10 +695,9 @@ class Coordinator:
 
     def _form_groups(self, nodes: Iterable[str]) -> Iterator[tuple[tuple[str, ...], int]]:
         """(members, parity shards) of each group that these nodes form."""
-        wanted = self.settings.parity_shards
-        for names in form_groups(sorted(nodes), wanted, self.settings.group_nodes):
-            parity = default_parity(len(names)) if wanted is None else wanted
-            yield names, max(0, min(parity, len(names) - 1))
+        wanted, known = self.settings.parity_shards, self.domains
+        for names in form_groups(sorted(nodes), wanted, self.settings.group_nodes, known):
+            yield names, parity_of_group(len(names), wanted)
 
     def _order_protect(self, job: Job, snapshot: Snapshot, now: float) -> None:
         """Order it if every member has its segments: it needs them all."""

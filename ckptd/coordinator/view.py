@@ -5,7 +5,7 @@ from typing import Any
 from ckptd.coordinator import recovery
 from ckptd.coordinator.decider import Coordinator
 from ckptd.coordinator.state import Job, Node, Snapshot, State
-from ckptd.erasure import default_parity
+from ckptd.erasure import default_parity, exposures
 
 
 def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _groups(coordinator: Coordinator, job: Job) -> list[dict[str, Any]]:
             break
     else:
         return []
-    found = []
+    found, domains = [], coordinator.domains
     for index, group in enumerate(snapshot.manifest.groups):
         names = [member.node for member in group.members]
         lost = [n for n in names if n not in coordinator.nodes or not coordinator.nodes[n].live]
@@ -200,6 +200,12 @@ def _groups(coordinator: Coordinator, job: Job) -> list[dict[str, Any]]:
             reasons.append("one node: no group tier")
         elif group.parity_shards < default_parity(len(names)):
             reasons.append(f"only {group.parity_shards} parity shards")
+        exposed = exposures(names, group.parity_shards, domains)
+        reasons += [
+            f"group {index} is exposed: {domain} holds {held} of its {len(names)} nodes, "
+            f"and {group.parity_shards} may be lost"
+            for domain, held in exposed.items()
+        ]
         if lost:
             reasons.append(f"lost: {', '.join(lost)}")
         found.append(
@@ -210,6 +216,7 @@ def _groups(coordinator: Coordinator, job: Job) -> list[dict[str, Any]]:
                 "parity_shards": group.parity_shards,
                 "codec": snapshot.manifest.codec,
                 "may_lose": max(0, group.parity_shards - len(lost)),
+                "exposed": [{"domain": domain, "nodes": held} for domain, held in exposed.items()],
                 "reasons": reasons,
             }
         )

@@ -48,6 +48,7 @@ class Node:
     launchers: tuple[str, ...] = ()
     inbox: list[CoordinatorMessage] = field(default_factory=list)
     up: bool = True
+    domain: str = ""
 
     @property
     def peer(self) -> bytes:
@@ -70,9 +71,12 @@ class Cluster:
 
     # Nodes.
 
-    def add(self, name: str, token: str = "", launchers: tuple[str, ...] = ()) -> Node:
+    def add(
+        self, name: str, token: str = "", launchers: tuple[str, ...] = (), domain: str = ""
+    ) -> Node:
         """A node with empty memory says Hello."""
-        self.nodes[name] = Node(name, token or f"memory of {name}", launchers=launchers)
+        token = token or f"memory of {name}"
+        self.nodes[name] = Node(name, token, launchers=launchers, domain=domain)
         self.hello(name)
         return self.nodes[name]
 
@@ -84,7 +88,7 @@ class Cluster:
             memory_token=node.token,
             address=f"{name}.example",
             cells=f"{name}.example:1",
-            domain="",
+            domain=node.domain,
             spare=False,
             codec="zfec",
             memory_limit_bytes=1 << 30,

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptd.erasure import Stripe, StripeMap, default_parity, form_groups, open_codec
+from ckptd.erasure import (
+    Stripe,
+    StripeMap,
+    default_parity,
+    exposures,
+    form_groups,
+    open_codec,
+    parity_of_group,
+)
 
 
 @st.composite
@@ -311,3 +319,111 @@ class TestGroups:
     ) -> None:
         with pytest.raises(ValueError, match=says):
             form_groups(nodes, parity, max_group)
+
+
+def in_racks(*sizes: int) -> dict[str, str]:
+    """Nodes n00, n01 … that fill racks a, b … of these sizes one after another."""
+    racks = [rack for rack, size in zip("abcdefghij", sizes, strict=False) for _ in range(size)]
+    return {f"n{number:02}": rack for number, rack in enumerate(racks)}
+
+
+def most_held(
+    groups: tuple[tuple[str, ...], ...], domains: dict[str, str]
+) -> list[tuple[int, int]]:
+    """Of each group: the most nodes that one domain holds, counted the slow way, and its size."""
+    labels = set(domains.values()) - {""}
+    return [
+        (
+            max((sum(domains.get(node) == label for node in group) for label in labels), default=0),
+            len(group),
+        )
+        for group in groups
+    ]
+
+
+class TestFailureDomains:
+    def test_a_rack_is_spread_over_the_groups(self) -> None:
+        """Four racks of four, in order of name: dealt out by name, rack a would fill a group."""
+        domains = {f"n{i:02}": "abcd"[i % 4] for i in range(16)}
+        by_name = form_groups(list(domains))
+        assert exposures(by_name[0], 2, domains) == {"a": 4, "c": 4}
+        for group in form_groups(list(domains), domains=domains):
+            assert Counter(domains[node] for node in group) == dict.fromkeys("abcd", 2)
+            assert exposures(group, 2, domains) == {}
+
+    def test_a_rack_that_is_too_large_is_spread_evenly_and_named(self) -> None:
+        domains = in_racks(5, 4, 3)
+        first, second = form_groups(list(domains), domains=domains)
+        assert exposures(first, 2, domains) == {"a": 3}
+        assert exposures(second, 2, domains) == {}
+        assert exposures([*first, *second], 2, domains) == {"a": 5, "b": 4, "c": 3}
+
+    def test_a_group_without_parity_is_not_called_exposed(self) -> None:
+        assert exposures(["n00", "n01"], 0, in_racks(2)) == {}
+
+    def test_a_node_without_a_label_is_a_domain_of_its_own(self) -> None:
+        nodes = [f"n{i}" for i in range(12)]
+        bare = form_groups(nodes)
+        assert form_groups(nodes, domains=dict.fromkeys(nodes, "")) == bare
+        assert form_groups(nodes, domains={"another": "a"}) == bare
+        assert all(exposures(group, 1, dict.fromkeys(nodes, "")) == {} for group in bare)
+
+    def test_rows_of_racks_are_spread_as_racks_are(self) -> None:
+        """Four groups of 6+2: each may lose two nodes, so a row of eight nodes may die."""
+        domains = {f"n{i:02}": f"row{i % 4}/rack{i % 8}" for i in range(32)}
+        rows = {node: label.partition("/")[0] for node, label in domains.items()}
+        for group in form_groups(list(domains), domains=domains):
+            assert exposures(group, 1, domains) == {}
+            assert exposures(group, 2, rows) == {}
+
+    def test_groups_of_different_parity_are_both_filled_to_what_they_may_lose(self) -> None:
+        """A 2+2 and a 2+1: three nodes of a rack fit only as two and one."""
+        domains = in_racks(3, 3, 1)
+        groups = form_groups(list(domains), max_group=4, domains=domains)
+        assert most_held(groups, domains) == [(2, 4), (1, 3)]
+
+    @settings(deadline=None, max_examples=400)
+    @given(data=st.data(), count=st.integers(1, 40), max_group=st.integers(2, 12))
+    def test_no_group_is_exposed_to_a_domain_that_can_be_spread(
+        self, data: st.DataObject, count: int, max_group: int
+    ) -> None:
+        """A domain fits exactly if it has no more nodes than all groups together may lose.
+
+        That is needed, for a group takes no more than its parity; here it is also enough, for all
+        domains at once.
+        """
+        nodes = [f"n{i:02}" for i in range(count)]
+        parity = data.draw(st.none() | st.integers(0, max_group - 1), label="parity_shards")
+        racks = st.sampled_from(["", *"abcdefghijkl"][: data.draw(st.integers(1, 13))])
+        labels = data.draw(st.lists(racks, min_size=count, max_size=count), label="labels")
+        domains = dict(zip(nodes, labels, strict=True))
+        groups = form_groups(nodes, parity, max_group, domains)
+
+        assert sorted(node for group in groups for node in group) == nodes
+        sizes = [len(group) for group in groups]
+        assert sizes == [len(group) for group in form_groups(nodes, parity, max_group)]
+        shuffled = data.draw(st.permutations(nodes), label="order of arrival")
+        assert form_groups(shuffled, parity, max_group, {n: domains[n] for n in shuffled}) == groups
+
+        may_lose = [parity_of_group(size, parity) for size in sizes]
+        of_domain = Counter(label for label in labels if label)
+        if all(may_lose):
+            too_large = {label for label, held in of_domain.items() if held > sum(may_lose)}
+            found = [exposures(g, m, domains) for g, m in zip(groups, may_lose, strict=True)]
+            assert {label for exposed in found for label in exposed} == too_large
+        # A domain that is too large is spread as evenly as the others.
+        a_round = sum(max(1, lose) for lose in may_lose)
+        for group, lose in zip(groups, may_lose, strict=True):
+            for label, held in Counter(domains[n] for n in group if domains[n]).items():
+                assert held <= max(1, lose) * -(-of_domain[label] // a_round)
+
+    @pytest.mark.parametrize(
+        ("nodes", "wanted", "parity"),
+        [(1, None, 0), (3, None, 1), (4, None, 2), (2, 2, 1), (9, 4, 4)],
+    )
+    def test_parity_of_a_group(self, nodes: int, wanted: int | None, parity: int) -> None:
+        assert parity_of_group(nodes, wanted) == parity
+
+    def test_an_empty_group_has_no_parity_to_speak_of(self) -> None:
+        with pytest.raises(ValueError, match="a group of 0 nodes"):
+            parity_of_group(0, 2)
