@@ -2,7 +2,9 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from ckptd.agent.protect import codec_for
 from ckptd.agent.reader import CellReader
@@ -13,6 +15,7 @@ from ckptd.ids import SnapshotId
 from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
 from ckptd.wire import GetDecoded, Source
 
+_READS_AT_ONCE = 8
 _AT_ONCE = 4  # each needs as much memory as a stripe's data
 _ROOM_WAIT_S = 5.0
 _SNAPSHOTS_KNOWN = 4
@@ -47,8 +50,13 @@ class CellDecoder:
         id: SnapshotId,
         source: Source,
         known: "Geometry | None" = None,
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
-        """`known`: what another decoder of this snapshot has found out already."""
+        """`known`: what another decoder of this snapshot has found out already.
+
+        `pool`: threads that read the cells of a stripe at the same time; else one after the other.
+        """
+        self._map: Callable[..., Iterable[int | Exception]] = map if pool is None else pool.map
         self._reader, self._id, self._source = reader, id, source
         self.known = known if known is not None else Geometry()
 
@@ -156,63 +164,72 @@ class CellDecoder:
         what = f"cell {index} of rank {segment.rank} of {self._id}"
         group_index, stripe, wanted = self.stripe_of(segment.rank, index)
         manifest, group = self._job(), self._group(group_index)
-        number = stripe.number
-        _, places = self.known.of_group(manifest, group_index)
-        shards: dict[int, memoryview] = {}
-        longest = len(into)
-        missing = [why] if why else []
-        for shard, (other, cell) in enumerate(stripe.data):
-            if shard == wanted or len(shards) == group.data_shards:
-                continue
-            buffer = memoryview(bytearray(manifest.cell_bytes))
-            if cell is not None:
-                rank, at = places[other][cell]
-                try:
-                    length = self._reader.cell(
-                        self._id,
-                        self.segment(rank)[0],
-                        at,
-                        manifest.cell_bytes,
-                        self.holders(rank),
-                        buffer,
-                    )
-                    longest = max(longest, length)
-                except (PeerError, OSError) as error:
-                    missing.append(str(error))
-                    continue
-            shards[shard] = buffer
-        for row, keeper in enumerate(stripe.parity):
-            if len(shards) == group.data_shards:
-                break
-            node = group.members[keeper].node
-            if node not in self._source.parity:
-                missing.append(f"{node} has no parity")
-                continue
-            buffer = memoryview(bytearray(manifest.cell_bytes))
-            address = "" if node == self._reader.node else self._source.cells.get(node)
-            if address is None:
-                missing.append(f"{node} is not there")
-                continue
+        with self._reader.buffers.lend(manifest.cell_bytes, group.data_shards + 1) as buffers:
+            out, *free = buffers
+            shards: dict[int, tuple[memoryview, int]] = {}
+            missing = [why] if why else []
+            sources = self._sources(group_index, stripe, wanted)
+            while len(shards) < group.data_shards and sources:
+                batch = sources[: group.data_shards - len(shards)]
+                del sources[: len(batch)]
+                views = [free.pop() for _ in batch]
+                for (shard, _), view, got in zip(
+                    batch, views, self._map(_read, batch, views), strict=True
+                ):
+                    if isinstance(got, int):
+                        shards[shard] = view, got
+                    else:
+                        missing.append(str(got))
+                        free.append(view)
+            if len(shards) < group.data_shards:
+                raise Unrecoverable(
+                    f"{what} cannot be rebuilt: {len(shards)} of the {group.data_shards} cells "
+                    f"that stripe {stripe.number} needs are there ({'; '.join(missing[:4])})"
+                )
+            longest = max(len(into), *(length for _, length in shards.values()))
+            for view, length in shards.values():
+                view[length:longest] = bytes(longest - length)
             try:
-                length = self._reader.parity(self._id, group_index, number, row, address, buffer)
-                longest = max(longest, length)
-                shards[group.data_shards + row] = buffer
-            except (PeerError, OSError) as error:
-                missing.append(str(error))
-        if len(shards) < group.data_shards:
-            raise Unrecoverable(
-                f"{what} cannot be rebuilt: {len(shards)} of the {group.data_shards} cells that "
-                f"stripe {number} needs are there ({'; '.join(missing[:4])})"
-            )
-        codec = codec_for(manifest, group)
-        out = memoryview(bytearray(longest))
-        try:
-            codec.decode({n: view[:longest] for n, view in shards.items()}, {wanted: out})
-        except CodecError as error:
-            raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
-        if digest(out[: len(into)]) != unpack_one(segment.digests, index):
-            raise CorruptData(f"{what}, decoded from stripe {number}, does not have its digest")
-        into[:] = out[: len(into)]
+                codec_for(manifest, group).decode(
+                    {n: view[:longest] for n, (view, _) in shards.items()}, {wanted: out[:longest]}
+                )
+            except CodecError as error:
+                raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
+            if digest(out[: len(into)]) != unpack_one(segment.digests, index):
+                raise CorruptData(
+                    f"{what}, decoded from stripe {stripe.number}, does not have its digest"
+                )
+            into[:] = out[: len(into)]
+
+    def _sources(self, group: int, stripe: Stripe, wanted: int) -> list["_ShardSource"]:
+        """Each other shard of the stripe and how to read it, data first."""
+        manifest = self._job()
+        _, places = self.known.of_group(manifest, group)
+        found: list[_ShardSource] = []
+        for shard, (member, cell) in enumerate(stripe.data):
+            if shard == wanted:
+                continue
+            if cell is None:
+                found.append((shard, lambda into: 0))
+                continue
+            found.append((shard, partial(self._read_cell, *places[member][cell])))
+        for row, keeper in enumerate(stripe.parity):
+            node = manifest.groups[group].members[keeper].node
+            read = partial(self._read_parity, group, stripe.number, row, node)
+            found.append((len(stripe.data) + row, read))
+        return found
+
+    def _read_cell(self, rank: int, index: int, into: memoryview) -> int:
+        segment, cell_bytes = self.segment(rank)
+        return self._reader.cell(self._id, segment, index, cell_bytes, self.holders(rank), into)
+
+    def _read_parity(self, group: int, stripe: int, row: int, node: str, into: memoryview) -> int:
+        if node not in self._source.parity:
+            raise Gone(f"{node} has no parity")
+        address = "" if node == self._reader.node else self._source.cells.get(node)
+        if address is None:
+            raise Gone(f"{node} is not there")
+        return self._reader.parity(self._id, group, stripe, row, address, into)
 
     def _job(self) -> JobManifest:
         if self._source.manifest is None:
@@ -227,6 +244,17 @@ class CellDecoder:
         return [places[member][cell] for member, cell in stripe.data if cell is not None]
 
 
+_ShardSource = tuple[int, Callable[[memoryview], int]]
+"""A shard's number, and what reads it into a buffer and returns its length in bytes."""
+
+
+def _read(source: _ShardSource, into: memoryview) -> int | Exception:
+    try:
+        return source[1](into)
+    except (PeerError, OSError) as error:
+        return error
+
+
 class DecodeService:
     """Answers GetDecoded: decodes cells here for a node that has lost them."""
 
@@ -237,6 +265,7 @@ class DecodeService:
         self._mutex = threading.Lock()
         self._known: OrderedDict[SnapshotId, Geometry] = OrderedDict()
         self._room = threading.BoundedSemaphore(_AT_ONCE)
+        self._pool = ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="ckptd-decode")
 
     def __call__(self, request: GetDecoded) -> memoryview:
         """The cell. Raises Gone, CorruptData or Unrecoverable."""
@@ -247,7 +276,8 @@ class DecodeService:
             raise Gone(f"{self._reader.node} decodes as much as it can")
         try:
             source = Source(manifest, request.ranks, {}, request.parity, request.cells)
-            decoder = CellDecoder(self._reader, request.id, source, self._geometry(request.id))
+            known = self._geometry(request.id)
+            decoder = CellDecoder(self._reader, request.id, source, known, self._pool)
             decoder.stripe_of(request.rank, request.cell)  # there is such a cell
             segment, cell_bytes = decoder.segment(request.rank)
             _, length = cell_span(request.cell, segment.size_bytes, cell_bytes)

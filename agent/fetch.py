@@ -20,7 +20,7 @@ from ckptd.manifest import SegmentDigests
 from ckptd.segment import LENGTH_BYTES, Sidecar, checked_record, sidecar_path
 from ckptd.wire import Source
 
-_THREADS = 8
+_THREADS = 12
 _HELPERS_ASKED = 2
 HELPER_TIMEOUT_S = 30.0
 

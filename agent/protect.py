@@ -8,6 +8,7 @@ keeps the first, and hands the others to the nodes that keep them. Pulling bound
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from time import monotonic
@@ -23,6 +24,9 @@ from ckptd.segment import ParitySidecar
 from ckptd.wire import GetEncoded
 
 ROWS_WINDOW = 8
+_STRIPES_AT_ONCE = 4
+_STRIPES_BYTES = 96 << 20  # at most, in the cells of stripes that are encoded at the same time
+_ROWS_AT_ONCE = 2
 _RETRY_S = 0.2
 _RETRY_MAX_S = 2.0
 _ROW_WAIT_S = 5.0
@@ -151,9 +155,9 @@ class EncodeRun:
                 self._store.allocate(
                     str(self._path.relative_to(self._store.root)), self._size_bytes
                 )
-            collector = threading.Thread(target=self._guard, args=(self._collect_rows,))
+            collector = threading.Thread(target=self._collect_rows)
             collector.start()
-            self._guard(self._encode_own)
+            self._encode_own()
             collector.join()
             if not self._stop.is_set():
                 self._publish()
@@ -169,7 +173,8 @@ class EncodeRun:
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
-            work()
+            if not self._stop.is_set():
+                work()
         except Stopped:
             pass
         except Exception as error:
@@ -204,19 +209,29 @@ class EncodeRun:
         return self._reader.node_manifest(self._manifest.id, node, self._addresses(node))
 
     def _encode_own(self) -> None:
-        for stripe in self._map.stripes:
-            if stripe.encoder != self._me or stripe.is_void:
-                continue
-            rows = self._again(partial(self._encode, stripe))
-            self._keep(stripe.number, 0, rows[0])
-            with self._change:
-                self._wait_for_room()
-                if self._stop.is_set():
-                    raise Stopped
-                for number in range(1, len(rows)):
-                    self._rows[stripe.number, number] = rows[number]
-                self._encoded.add(stripe.number)
-                self._change.notify_all()
+        """Several stripes at once: some wait for cells while others are computed."""
+        own = [s for s in self._map.stripes if s.encoder == self._me and not s.is_void]
+        width_bytes = len(self._group.members) * self._manifest.cell_bytes
+        at_once = max(1, min(_STRIPES_AT_ONCE, _STRIPES_BYTES // width_bytes))
+        self._in_threads(at_once, self._encode_one, own)
+
+    def _encode_one(self, stripe: Stripe) -> None:
+        rows = self._again(partial(self._encode, stripe))
+        self._keep(stripe.number, 0, rows[0])
+        with self._change:
+            self._wait_for_room()
+            if self._stop.is_set():
+                raise Stopped
+            for number in range(1, len(rows)):
+                self._rows[stripe.number, number] = rows[number]
+            self._encoded.add(stripe.number)
+            self._change.notify_all()
+
+    def _in_threads(self, count: int, work: Callable[[_T], None], items: list[_T]) -> None:
+        """`work` for all items, `count` at a time, in order; the first failure stops the run."""
+        with ThreadPoolExecutor(count, thread_name_prefix="ckptd-encode") as pool:
+            for item in items:
+                pool.submit(self._guard, partial(work, item))
 
     def _wait_for_room(self) -> None:
         """Wait until peers have taken rows; then give up the oldest, which can be made again.
@@ -237,34 +252,38 @@ class EncodeRun:
         """All parity rows of one stripe, as long as its longest data cell."""
         lengths = [self._cell_length(member, cell) for member, cell in stripe.data]
         length = max(lengths)
-        data = [memoryview(bytearray(length)) for _ in stripe.data]
-        for (member, cell), view in zip(stripe.data, data, strict=True):
-            if cell is None:
-                continue
-            rank, index = self._places[member][cell]
-            self._reader.cell(
-                self._manifest.id,
-                self._segment(member, rank),
-                index,
-                self._manifest.cell_bytes,
-                self._addresses(self._group.members[member].node),
-                view,
-            )
         rows = [memoryview(bytearray(length)) for _ in stripe.parity]
-        self._codec.encode(data, rows)
+        with self._reader.buffers.lend(self._manifest.cell_bytes, len(stripe.data)) as buffers:
+            for (member, cell), buffer in zip(stripe.data, buffers, strict=True):
+                got = 0
+                if cell is not None:
+                    rank, index = self._places[member][cell]
+                    got = self._reader.cell(
+                        self._manifest.id,
+                        self._segment(member, rank),
+                        index,
+                        self._manifest.cell_bytes,
+                        self._addresses(self._group.members[member].node),
+                        buffer,
+                    )
+                if got < length:
+                    buffer[got:length] = bytes(length - got)
+            self._codec.encode([buffer[:length] for buffer in buffers], rows)
         return rows
 
     def _collect_rows(self) -> None:
-        for stripe_number, row in self._index:
-            if row == 0:
-                continue
-            stripe = self._stripe(stripe_number)
-            length = max(self._cell_length(member, cell) for member, cell in stripe.data)
-            into = memoryview(bytearray(length))
-            encoder = self._group.members[stripe.encoder].node
-            request = GetEncoded(self._manifest.id, self._group_index, stripe_number, row)
-            self._again(partial(self._pull_row, encoder, request, into))
-            self._keep(stripe_number, row, into)
+        wanted = [place for place in self._index if place[1] > 0]
+        self._in_threads(_ROWS_AT_ONCE, self._collect_row, wanted)
+
+    def _collect_row(self, place: tuple[int, int]) -> None:
+        stripe_number, row = place
+        stripe = self._stripe(stripe_number)
+        length = max(self._cell_length(member, cell) for member, cell in stripe.data)
+        encoder = self._group.members[stripe.encoder].node
+        request = GetEncoded(self._manifest.id, self._group_index, stripe_number, row)
+        with self._reader.buffers.lend(self._manifest.cell_bytes) as (buffer,):
+            self._again(partial(self._pull_row, encoder, request, buffer[:length]))
+            self._keep(stripe_number, row, buffer[:length])
 
     def _pull_row(self, encoder: str, request: GetEncoded, into: memoryview) -> None:
         address = self._cells.get(encoder)

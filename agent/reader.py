@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from ckptd.agent.buffers import Buffers
 from ckptd.agent.cells import Peers
 from ckptd.agent.store import Store
 from ckptd.digest import cell_span, digest, unpack_one
@@ -17,6 +18,7 @@ class CellReader:
 
     def __init__(self, node: str, store: Store, peers: Peers) -> None:
         self.node, self.store, self.peers = node, store, peers
+        self.buffers = Buffers()
 
     def cell(
         self,

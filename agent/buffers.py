@@ -1,0 +1,47 @@
+"""Memory for cells on their way, used again: touching fresh memory is slower than the copy."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_KEPT_BYTES = 64 << 20
+
+
+class Buffers:
+    """Lends buffers, and keeps up to `kept_bytes` of those that came back. Thread-safe."""
+
+    def __init__(self, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._mutex = threading.Lock()
+        self._left_bytes = kept_bytes
+        self._idle: dict[int, list[bytearray]] = {}
+
+    @contextmanager
+    def lend(self, size_bytes: int, count: int = 1) -> Iterator[list[memoryview]]:
+        """`count` writable buffers of `size_bytes` each, with anything in them.
+
+        No view of them must be left afterwards.
+        """
+        found = [self._take(size_bytes) for _ in range(count)]
+        try:
+            yield [memoryview(buffer) for buffer in found]
+        finally:
+            for buffer in found:
+                self._give(buffer)
+
+    def _take(self, size_bytes: int) -> bytearray:
+        with self._mutex:
+            idle = self._idle.get(size_bytes)
+            if idle:
+                self._left_bytes += size_bytes
+                return idle.pop()
+        return bytearray(size_bytes)
+
+    def _give(self, buffer: bytearray) -> None:
+        with self._mutex:
+            if len(buffer) <= self._left_bytes:
+                self._left_bytes -= len(buffer)
+                self._idle.setdefault(len(buffer), []).append(buffer)
+                return
+            # Another size is wanted now: let go of one that is not.
+            for size in [size for size in self._idle if size != len(buffer)]:
+                self._left_bytes += size * len(self._idle.pop(size))

@@ -1,0 +1,396 @@
+"""`ckptd bench network | protect | rebuild`: cells between nodes, over links of a known rate."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from ckptd.agent import bench as node_side
+from ckptd.agent.bench import Answer, Command, Ready
+from ckptd.cli import netns, options, show
+from ckptd.cli.bench_numbers import Spread
+from ckptd.digest import cell_count
+from ckptd.errors import CkptdError
+from ckptd.ids import SnapshotId
+from ckptd.manifest import Extent, Group, JobManifest, Member
+from ckptd.wire import Source
+
+_MEMORY = Path("/dev/shm")
+_EXIT_S = 10.0
+_CONNECTIONS = 4
+_T = TypeVar("_T")
+
+
+class NodeFailed(CkptdError):
+    """A node of the measurement could not do what it was told."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects the nodes."""
+
+    kind: str
+    bytes_per_s: float | None
+    """Of each direction of each node's link; None where nothing limits it."""
+
+
+class Node:
+    """A process with the data plane of an agent."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False
+        )
+        self.ready = self._read(Ready)
+
+    def tell(self, request: Command) -> None:
+        """Send a request; `answer` has what it came to."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Answer:
+        """Raises NodeFailed."""
+        found = self._read(Answer)
+        if found.error:
+            raise NodeFailed(f"{self.name}: {found.error}")
+        return found
+
+    def do(self, request: Command) -> Answer:
+        """`tell` and `answer`."""
+        self.tell(request)
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self, kind: type[_T]) -> _T:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise NodeFailed(f"{self.name} ended with exit code {self._process.wait()}")
+        return msgspec.json.decode(line, type=kind)
+
+
+class Town:
+    """Nodes that hold one image each of one snapshot, and one more that holds nothing."""
+
+    def __init__(
+        self,
+        data: int,
+        parity: int,
+        image_bytes: int,
+        cell_bytes: int,
+        link: Link,
+        nodes: list[Node],
+    ) -> None:
+        self.link, self.cell_bytes = link, cell_bytes
+        self.members, self.newcomer = nodes[:-1], nodes[-1]
+        self.cells = {node.name: node.ready.cells for node in self.members}
+        self.id = SnapshotId("bench", 1, 1)
+        count = data + parity
+        for rank, node in enumerate(self.members):
+            node.tell(node_side.Seal(self.id, rank, count, image_bytes, cell_bytes))
+        self.sizes = [node.answer().size_bytes for node in self.members]
+        members = tuple(
+            Member(node.name, (Extent(rank, size),))
+            for rank, (node, size) in enumerate(zip(self.members, self.sizes, strict=True))
+        )
+        group = Group(members, parity)
+        self.manifest = JobManifest(self.id, count, (group,), "zfec", cell_bytes, ())
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the largest image, with its header."""
+        return max(self.sizes)
+
+    def all_do(self, request: Command) -> list[Answer]:
+        """Have all members do it at once."""
+        for node in self.members:
+            node.tell(request)
+        return [node.answer() for node in self.members]
+
+    def protect(self) -> list[Answer]:
+        """Encode the snapshot anew, on all members."""
+        self.all_do(node_side.Prepare(self.manifest))
+        return self.all_do(node_side.Encode(self.manifest, self.cells))
+
+    def rebuild(self, lost: int) -> Answer:
+        """Bring the image of a member to the newcomer as if the member were gone."""
+        there = [node.name for number, node in enumerate(self.members) if number != lost]
+        source = Source(
+            self.manifest,
+            {rank: (node.name,) for rank, node in enumerate(self.members) if rank != lost},
+            dict(enumerate(self.sizes)),
+            tuple(there),
+            {name: self.cells[name] for name in there},
+        )
+        return self.newcomer.do(node_side.Fetch(self.id, lost, source))
+
+    def plain(self, size_bytes: int, connections: int) -> Answer:
+        """The same bytes over plain sockets, from one member to the newcomer: the limit."""
+        address = self.members[0].ready.plain
+        return self.newcomer.do(node_side.PullPlain(address, size_bytes, connections))
+
+    def pull(self, connections: int) -> Answer:
+        """One member's image, cell by cell, to the newcomer."""
+        cells = cell_count(self.sizes[0], self.cell_bytes)
+        address = self.cells[self.members[0].name]
+        return self.newcomer.do(
+            node_side.PullCells(self.id, 0, cells, self.cell_bytes, address, connections)
+        )
+
+
+@contextmanager
+def _town(
+    data: int, parity: int, image_bytes: int, cell_bytes: int, bytes_per_s: float | None
+) -> Iterator[Town]:
+    """`bytes_per_s`: of each link, in network namespaces; None for loopback."""
+    count = data + parity + 1
+    with ExitStack() as stack:
+        root = Path(tempfile.mkdtemp(prefix="ckptd-bench-", dir=_MEMORY))
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        network = None
+        if bytes_per_s is not None:
+            network = stack.enter_context(netns.Network(count, 8 * bytes_per_s))
+        nodes = []
+        for number in range(count):
+            host = network.host(number) if network is not None else "127.0.0.1"
+            before = network.inside(number) if network is not None else []
+            name = f"n{number}"
+            command = [sys.executable, "-m", "ckptd.agent.bench", name, str(root / name), host]
+            nodes.append(Node(name, [*before, *command]))
+            stack.callback(nodes[-1].close)
+        link = Link("loopback" if network is None else "namespaces", bytes_per_s)
+        yield Town(data, parity, image_bytes, cell_bytes, link, nodes)
+
+
+def _parse(code: str) -> tuple[int, int]:
+    data, plus, parity = code.partition("+")
+    if not plus or not data.isdigit() or not parity.isdigit() or not int(data) * int(parity):
+        raise click.UsageError(f"--code {code}: write k+m, such as 4+2")
+    return int(data), int(parity)
+
+
+def _link_rate(loopback: bool, rate: float) -> float | None:
+    if loopback:
+        return None
+    if reason := netns.why_not():
+        click.echo(f"over loopback, because {reason}: no known rate to compare with", err=True)
+        return None
+    return rate
+
+
+_image = click.option(
+    "--image",
+    type=options.Size(),
+    default="64MiB",
+    show_default=True,
+    help="Bytes that each node has to protect.",
+)
+_cell_size = click.option(
+    "--cell-size", type=options.Size(), default="4MiB", show_default=True, help="Bytes in a cell."
+)
+_rate = click.option(
+    "--rate",
+    type=options.Rate(),
+    default="400Mbit/s",
+    show_default=True,
+    help="Of each direction of each node's link, shaped with tc; needs root.",
+)
+_loopback = click.option(
+    "--loopback", is_flag=True, help="All nodes on the loopback device, at whatever rate it has."
+)
+_repeats = click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+_code = click.option("--code", default="4+2", show_default=True, help="k+m.")
+
+
+def _flags(*flags: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def add(command: Any) -> Any:
+        for flag in reversed(flags):
+            command = flag(command)
+        return command
+
+    return add
+
+
+@click.command(cls=options.Command)
+@_flags(_image, _cell_size, _rate, _loopback, _repeats, options.as_json)
+def network(
+    image: int, cell_size: int, rate: float, loopback: bool, repeats: int, as_json: bool
+) -> None:
+    """Cells from one node to another, beside plain sockets.
+
+    The cells go the way that they go between agents: over authenticated connections, from tmpfs by
+    sendfile, digests verified. The plain sockets carry as many bytes, from tmpfs by sendfile, too.
+    """
+    samples: dict[tuple[str, int], list[float]] = {}
+    with _town(1, 1, image, cell_size, _link_rate(loopback, rate)) as town:
+        size = town.sizes[0]
+        for _ in range(repeats):
+            for connections in (1, _CONNECTIONS):
+                for what, answer in (
+                    ("plain", town.plain(size, connections)),
+                    ("cells", town.pull(connections)),
+                ):
+                    samples.setdefault((what, connections), []).append(size / answer.seconds)
+        link = town.link
+    rows = []
+    for connections in (1, _CONNECTIONS):
+        plain, cells = samples["plain", connections], samples["cells", connections]
+        ratios = [one / other for one, other in zip(cells, plain, strict=True)]
+        rows.append((connections, Spread.of(cells), Spread.of(plain), Spread.of(ratios)))
+    if as_json:
+        names = ("connections", "cells_bytes_per_s", "plain_bytes_per_s", "ratio")
+        found = [dict(zip(names, [row[0], *map(asdict, row[1:])], strict=True)) for row in rows]
+        click.echo(json.dumps({"link": asdict(link), "image_bytes": size, "rows": found}))
+        return
+    table = _table("connections", "cells, MB/s", "plain sockets, MB/s", "ratio")
+    for number, cells_, plain_, ratio in rows:
+        table.add_row(str(number), _mega(cells_), _mega(plain_), str(ratio))
+    _print(link, table)
+
+
+@click.command(cls=options.Command)
+@_flags(_code, _image, _cell_size, _rate, _loopback, _repeats, options.as_json)
+def protect(
+    code: str,
+    image: int,
+    cell_size: int,
+    rate: float,
+    loopback: bool,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Parity for one snapshot on a group of nodes, from sealed to stored.
+
+    Every node must send and receive (k+m-1)/k of an image; what the links need for that is the
+    limit.
+    """
+    data, parity = _parse(code)
+    with _town(data, parity, image, cell_size, _link_rate(loopback, rate)) as town:
+        runs = [town.protect() for _ in range(repeats + 1)][1:]
+        traffic = (data + parity - 1) / data * town.image_bytes
+        link, found_image = town.link, town.image_bytes
+    seconds = Spread.of([max(answer.seconds for answer in run) for run in runs])
+    result: dict[str, Any] = {
+        "code": code,
+        "link": asdict(link),
+        "image_bytes": found_image,
+        "seconds": asdict(seconds),
+        "cpu_s": asdict(Spread.of([sum(answer.cpu_s for answer in run) for run in runs])),
+        "own_bytes": max(answer.peak_bytes for run in runs for answer in run),
+    }
+    if link.bytes_per_s is not None:
+        limit_s = traffic / link.bytes_per_s
+        result["limit_s"] = limit_s
+        result["ratio"] = asdict(Spread.of([max(a.seconds for a in r) / limit_s for r in runs]))
+        sent = [max(answer.sent_bytes for answer in run) / traffic for run in runs]
+        result["sent_ratio"] = asdict(Spread.of(sent))
+    _report(result, as_json, link)
+
+
+@click.command(cls=options.Command)
+@_flags(_code, _image, _cell_size, _rate, _loopback, _repeats, options.as_json)
+def rebuild(
+    code: str,
+    image: int,
+    cell_size: int,
+    rate: float,
+    loopback: bool,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """The image of a lost node, brought to a node that holds nothing.
+
+    The limit is what its link needs for one image.
+    """
+    data, parity = _parse(code)
+    with _town(data, parity, image, cell_size, _link_rate(loopback, rate)) as town:
+        town.protect()
+        count = len(town.members)
+        runs = [(lost % count, town.rebuild(lost % count)) for lost in range(repeats + 1)][1:]
+        link, sizes = town.link, town.sizes
+    result: dict[str, Any] = {
+        "code": code,
+        "link": asdict(link),
+        "image_bytes": max(sizes),
+        "seconds": asdict(Spread.of([answer.seconds for _, answer in runs])),
+        "cpu_s": asdict(Spread.of([answer.cpu_s for _, answer in runs])),
+        "own_bytes": max(answer.peak_bytes for _, answer in runs),
+    }
+    if link.bytes_per_s is not None:
+        limits = [sizes[lost] / link.bytes_per_s for lost, _ in runs]
+        result["limit_s"] = max(limits)
+        ratios = [answer.seconds / limit for (_, answer), limit in zip(runs, limits, strict=True)]
+        result["ratio"] = asdict(Spread.of(ratios))
+        received = [answer.received_bytes / sizes[lost] for lost, answer in runs]
+        result["received_ratio"] = asdict(Spread.of(received))
+    _report(result, as_json, link)
+
+
+def _mega(spread: Spread) -> str:
+    return f"{spread.median / 1e6:.0f} ({spread.low / 1e6:.0f} to {spread.high / 1e6:.0f})"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _report(result: dict[str, Any], as_json: bool, link: Link) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    names = {
+        "seconds": "seconds",
+        "limit_s": "limit, seconds",
+        "ratio": "ratio",
+        "sent_ratio": "sent by a node, to the least possible",
+        "received_ratio": "received, to one image",
+        "cpu_s": "processor seconds, all nodes",
+        "own_bytes": "memory beside slots, a node",
+    }
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for name, label in names.items():
+        value = result.get(name)
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            text = str(Spread(**value))
+        else:
+            text = show.size(value) if name == "own_bytes" else f"{value:.2f}"
+        table.add_row(label, text)
+    click.echo(
+        f"{result['code']}, images of {show.size(result['image_bytes'])}; median (quartiles)"
+    )
+    _print(link, table)
+
+
+def _print(link: Link, table: Table) -> None:
+    if link.bytes_per_s is None:
+        click.echo("nodes on loopback")
+    else:
+        click.echo(f"nodes in network namespaces, {link.bytes_per_s * 8 / 1e6:.0f} Mbit/s a link")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
