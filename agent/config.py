@@ -30,5 +30,7 @@ class AgentConfig:
     """Cluster key; needed as soon as anything leaves loopback."""
     wipe_on_exit: bool = False
     """Delete the memory directory on a clean stop (SIGTERM, SIGINT)."""
+    scrub_bytes_per_s: float = 32 << 20
+    """How fast cells at rest are verified; 0: not at all."""
     alone: bool = False
     """Embedded: serves no peers, and on a clean stop leaves nothing that no job needs."""

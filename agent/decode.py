@@ -201,6 +201,35 @@ class CellDecoder:
                 )
             into[:] = out[: len(into)]
 
+    def encode(self, group: int, stripe: int, row: int, into: memoryview) -> None:
+        """Compute a parity row anew from the data of its stripe.
+
+        Raises Gone, CorruptData or OSError if not all of the data can be had.
+        """
+        manifest = self._job()
+        stripes, _ = self.known.of_group(manifest, group)
+        if not 0 <= stripe < len(stripes.stripes):
+            raise Gone(f"{self._id} has {len(stripes.stripes)} stripes")
+        wanted = stripes.stripes[stripe]
+        code = manifest.groups[group]
+        with self._reader.buffers.lend(
+            manifest.cell_bytes, code.data_shards + code.parity_shards
+        ) as buffers:
+            data, rows = buffers[: code.data_shards], buffers[code.data_shards :]
+            for (shard, read), view in zip(
+                self._sources(group, wanted, -1)[: code.data_shards], data, strict=True
+            ):
+                got = read(view)
+                if got < len(into):
+                    view[got : len(into)] = bytes(len(into) - got)
+                elif got > len(into):
+                    raise CorruptData(f"shard {shard} of stripe {stripe} is longer than its parity")
+            length = len(into)
+            codec_for(manifest, code).encode(
+                [view[:length] for view in data], [view[:length] for view in rows]
+            )
+            into[:] = rows[row][:length]
+
     def _sources(self, group: int, stripe: Stripe, wanted: int) -> list["_ShardSource"]:
         """Each other shard of the stripe and how to read it, data first."""
         manifest = self._job()

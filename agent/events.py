@@ -118,6 +118,15 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class Scrubbed:
+    """A damaged cell was found at rest: so many in all, and what was done about this one."""
+
+    damaged_cells: int
+    mended_cells: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class FetchMoved:
     """So many of the cells that a segment needs have been brought here, for so long."""
 
@@ -157,6 +166,7 @@ Event = (
     | Encoded
     | EncodeFailed
     | Trouble
+    | Scrubbed
     | FetchMoved
     | Fetched
     | FetchFailed

@@ -193,6 +193,7 @@ class Lifecycle:
         """Slot name to the trainers that wait for its segment."""
         self._fetches: dict[str, int] = {}
         self._fetching: dict[str, Fetching] = {}
+        self._scrubbed = (0, 0)
         """Slot name to the life for which a Fetch into it, or a check of it, is under way."""
         self._bereft: set[str] = set()
         """Jobs that have lost a trainer whose slots the next life will claim."""
@@ -246,6 +247,9 @@ class Lifecycle:
                 self._encode_failed(event)
             case ev.Trouble():
                 self._problem(event.reason)
+            case ev.Scrubbed():
+                self._scrubbed = (event.damaged_cells, event.mended_cells)
+                self._problem(event.text)
             case ev.FetchMoved():
                 self._fetch_moved(event)
             case ev.Fetched():
@@ -266,6 +270,7 @@ class Lifecycle:
                         self.used_bytes,
                         tuple(self.problems),
                         tuple(self._fetching.values()),
+                        *self._scrubbed,
                     )
                 )
         if now >= self._waiting_at:

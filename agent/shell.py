@@ -22,11 +22,12 @@ from zmq.utils.monitor import parse_monitor_message
 from ckptd.agent import events as ev
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
-from ckptd.agent.decode import DecodeService
+from ckptd.agent.decode import CellDecoder, DecodeService
 from ckptd.agent.fetch import SegmentFetch
 from ckptd.agent.lifecycle import Identity, Lifecycle, Use
 from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
+from ckptd.agent.scrub import Scrubber, ScrubStats
 from ckptd.agent.store import Store
 from ckptd.control import client_socket
 from ckptd.erasure import ZfecCodec
@@ -163,6 +164,11 @@ class Agent:
             cells=identity.cells,
             adopted_segments=len(adopted.segments),
         )
+        self._scrubber = Scrubber(
+            self._reader, self._config.scrub_bytes_per_s, self._decoder_of, self._scrubbed
+        )
+        if self._config.scrub_bytes_per_s:
+            self._scrubber.start()
         self.ready.set()
         stopped = asyncio.create_task(self._stopping.wait())
         waiting: set[asyncio.Task[Any]] = {*tasks, stopped}
@@ -176,6 +182,7 @@ class Agent:
             raise ConfigError(f"the coordinator refused this agent: {self._lifecycle.dismissed}")
 
     async def _shut_down(self) -> None:
+        self._scrubber.stop()
         for run in self._runs.values():
             run.stop()
         self._listener.close()
@@ -445,6 +452,17 @@ class Agent:
             done,
             self._tell_trouble,
         )
+
+    def _decoder_of(self, id: SnapshotId) -> CellDecoder | None:
+        """Called from the scrubber's thread."""
+        run = self._runs.get(id)
+        return None if run is None else CellDecoder(self._reader, id, run.source())
+
+    def _scrubbed(self, stats: ScrubStats, text: str) -> None:
+        log.warning("scrubbing", found=text)
+        event = ev.Scrubbed(stats.damaged_cells, stats.mended_cells, text)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._handle, event)
 
     def _tell_trouble(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended

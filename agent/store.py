@@ -198,6 +198,14 @@ class Store:
         finally:
             self._unpin(found[0])
 
+    def published(self) -> dict[SnapshotId, tuple[int, ...]]:
+        """Each snapshot of which something is published, and the ranks of its segments."""
+        with self._mutex:
+            found: dict[SnapshotId, list[int]] = {id: [] for id in self._parities}
+            for id, rank in self._segments:
+                found.setdefault(id, []).append(rank)
+        return {id: tuple(sorted(ranks)) for id, ranks in found.items()}
+
     def node_manifest(self, id: SnapshotId, node: str) -> NodeManifest:
         """This node's manifest, from the sidecars of its own segments. Raises Gone."""
         with self._mutex:

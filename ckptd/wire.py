@@ -270,6 +270,8 @@ class Beat(Message, frozen=True):
     memory_used_bytes: int
     problems: tuple[str, ...]
     fetching: tuple[Fetching, ...] = ()
+    damaged_cells: Count = 0
+    mended_cells: Count = 0
 
 
 class Holds(Message, frozen=True):

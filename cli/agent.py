@@ -66,6 +66,13 @@ def _default_socket() -> str:
     is_flag=True,
     help="Delete the memory directory on a clean stop (SIGTERM, SIGINT).",
 )
+@click.option(
+    "--scrub-rate",
+    type=options.Size(),
+    default="32MiB",
+    show_default=True,
+    help="Bytes per second of cells at rest that are verified in idle time, and mended; 0: none.",
+)
 @options.key_file
 @options.log_options
 def command(
@@ -79,6 +86,7 @@ def command(
     domain: str,
     spare: bool,
     wipe_on_exit: bool,
+    scrub_rate: int,
     key_file: Path | None,
     log_level: str,
     log_json: bool,
@@ -104,6 +112,7 @@ def command(
             spare=spare,
             key_file=key_file,
             wipe_on_exit=wipe_on_exit,
+            scrub_bytes_per_s=scrub_rate,
         )
     )
 

@@ -40,6 +40,8 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "memory_limit_bytes": 512 * MIB,
         "ranks": [],
         "waiting_launchers": [],
+        "damaged_cells": 0,
+        "mended_cells": 0,
         "seen_s_ago": 0.2,
         "reasons": [],
         **changed,

@@ -15,10 +15,11 @@ import pytest
 
 from ckptd.agent import cells
 from ckptd.agent.cells import CellServer, Peers
-from ckptd.agent.decode import DecodeService
+from ckptd.agent.decode import CellDecoder, DecodeService
 from ckptd.agent.fetch import Outcome, SegmentFetch
 from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
+from ckptd.agent.scrub import Scrubber, ScrubStats
 from ckptd.agent.store import Store, read_segment_sidecar, verify_cells
 from ckptd.cli.local_cluster import wait_until
 from ckptd.digest import cell_count, cell_span, digest, pack
@@ -242,6 +243,19 @@ def flip_parity(cluster: Cluster, stripe: int, row: int) -> None:
     keeper = cluster.manifest.stripe_map(0).stripes[stripe].parity[row]
     index = cluster.manifest.stripe_map(0).parity_of(keeper)
     flip(cluster.nodes[keeper].parity, index.index((stripe, row)) * CELL_BYTES)
+
+
+def forge_parity(keeper: Node) -> None:
+    """Parity with the right digests, but made of other bytes."""
+    flip(keeper.parity, 0)
+    with keeper.store.parity(ID) as parity:
+        kept = parity.path.read_bytes()
+        sidecar, index = parity.sidecar, list(parity.index)
+    digests = pack(
+        digest(kept[n * CELL_BYTES :][:length]) for n, length in enumerate(sidecar.lengths)
+    )
+    made = type(sidecar)(ID, 0, 1, CELL_BYTES, sidecar.lengths, digests)
+    keeper.store.publish_parity(keeper.parity, made, index)
 
 
 class TestLosses:
@@ -472,18 +486,99 @@ class TestFlippedBits:
         cluster.protect()
         node = cluster.nodes[0]
         (rank,) = cluster.ranks[node.name]
-        keeper = cluster.nodes[1]
-        flip(keeper.parity, 0)
-        with keeper.store.parity(ID) as parity:
-            kept = parity.path.read_bytes()
-            sidecar, index = parity.sidecar, list(parity.index)
-        digests = pack(
-            digest(kept[n * CELL_BYTES :][:length]) for n, length in enumerate(sidecar.lengths)
-        )
-        made = type(sidecar)(ID, 0, 1, CELL_BYTES, sidecar.lengths, digests)
-        keeper.store.publish_parity(keeper.parity, made, index)
+        forge_parity(cluster.nodes[1])
         with pytest.raises(CorruptData, match="does not have its digest"):
             cluster.fetch(cluster.newcomer(), rank, cluster.source((node,)))
+
+
+class TestScrubbing:
+    """Cells at rest are looked at, and mended through their stripe."""
+
+    def scrubber(self, cluster: Cluster, node: Node, parity: bool = True) -> Scrubber:
+        self.said: list[str] = []
+
+        def decoder_of(id: SnapshotId) -> CellDecoder | None:
+            return CellDecoder(node.reader, ID, cluster.source()) if parity else None
+
+        found = Scrubber(node.reader, 0, decoder_of, lambda _, text: self.said.append(text), 10.0)
+        found.round(0.0)  # it sees the snapshot for the first time, and leaves it alone
+        assert found.stats.checked_bytes == 0
+        return found
+
+    def test_all_cells_are_looked_at_once_they_have_been_at_rest(self, build: Build) -> None:
+        cluster = build([2, 1, 1, 1], 2)
+        cluster.protect()
+        node = cluster.nodes[0]
+        scrubber = self.scrubber(cluster, node)
+        scrubber.round(9.0)
+        assert scrubber.stats.checked_bytes == 0
+        scrubber.round(11.0)
+        own = sum(len(cluster.segments[rank]) for rank in cluster.ranks[node.name])
+        with node.store.parity(ID) as parity:
+            kept = sum(parity.sidecar.lengths)
+        assert scrubber.stats == ScrubStats(own + kept, 0, 0)
+        assert self.said == []
+
+    def test_flipped_bits_are_mended_in_data_and_in_parity(self, build: Build) -> None:
+        cluster = build([1, 1, 1, 1], 2)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        for place in (3, CELL_BYTES, len(cluster.segments[rank]) - 1):
+            flip(node.segment(rank), place)
+        before = node.parity.read_bytes()
+        flip(node.parity, 1)
+        scrubber = self.scrubber(cluster, node)
+        scrubber.round(11.0)
+        assert node.segment(rank).read_bytes() == cluster.segments[rank]
+        assert node.parity.read_bytes() == before
+        assert (scrubber.stats.damaged_cells, scrubber.stats.mended_cells) == (4, 4)
+        assert len([text for text in self.said if "has been mended" in text]) == 4
+        scrubber.round(12.0)
+        assert scrubber.stats.damaged_cells == 4
+
+    def test_what_cannot_be_mended_is_said_once(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        flip(node.segment(rank), CELL_BYTES)
+        damaged = node.segment(rank).read_bytes()
+        scrubber = self.scrubber(cluster, node, parity=False)
+        for now in (11.0, 12.0):
+            scrubber.round(now)
+        assert self.said == [
+            f"cell 1 of rank {rank} of {ID} is damaged and could not be mended: there is no "
+            "parity of it"
+        ]
+        assert node.segment(rank).read_bytes() == damaged
+
+    def test_parity_of_other_data_is_found_though_its_digest_is_right(
+        self, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ckptd.agent.scrub._ENCODED_ANEW_EVERY", 1)
+        cluster = build([1, 1], 1)
+        cluster.protect()
+        keeper = cluster.nodes[1]
+        forge_parity(keeper)
+        scrubber = self.scrubber(cluster, keeper)
+        scrubber.round(11.0)
+        assert "is not what its data gives" in self.said[0]
+        assert scrubber.stats.mended_cells == 0
+
+    def test_a_snapshot_that_goes_meanwhile_is_let_go(self, build: Build) -> None:
+        cluster = build([1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        scrubber = self.scrubber(cluster, node)
+        published = node.store.published
+        (rank,) = cluster.ranks[node.name]
+        node.store.published = lambda: {ID: (rank, 77)}  # type: ignore[method-assign]
+        scrubber.round(11.0)
+        node.store.published = published  # type: ignore[method-assign]
+        node.store.release(f"job/segment-{rank}.safetensors")
+        scrubber.round(12.0)
+        assert self.said == []
 
 
 class TestProtecting:

@@ -125,6 +125,8 @@ class Coordinator:
                 node.memory_used_bytes = message.memory_used_bytes
                 node.problems = message.problems
                 node.fetching = message.fetching
+                node.damaged_cells = message.damaged_cells
+                node.mended_cells = message.mended_cells
             case Holds():
                 self._holds(name, message.holding, now)
                 self._look_again(message.holding.id.job, now)

@@ -59,6 +59,8 @@ class Node:
     memory_used_bytes: int = 0
     problems: tuple[str, ...] = ()
     fetching: tuple[Fetching, ...] = ()
+    damaged_cells: int = 0
+    mended_cells: int = 0
 
 
 @dataclass

@@ -60,6 +60,8 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
         "memory_limit_bytes": hello.memory_limit_bytes,
         "ranks": [{"job": job, "rank": rank} for job, rank in ranks],
         "waiting_launchers": sorted(node.launchers),
+        "damaged_cells": node.damaged_cells,
+        "mended_cells": node.mended_cells,
         "seen_s_ago": silent_s,
         "reasons": reasons,
     }
