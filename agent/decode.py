@@ -273,6 +273,18 @@ class CellDecoder:
         return [places[member][cell] for member, cell in stripe.data if cell is not None]
 
 
+def source_when_protected(manifest: JobManifest, cells: dict[str, str]) -> Source:
+    """Where everything is while all of a protected snapshot's nodes are there."""
+    members = [member for group in manifest.groups for member in group.members]
+    return Source(
+        manifest,
+        {extent.rank: (member.node,) for member in members for extent in member.extents},
+        {extent.rank: extent.size_bytes for member in members for extent in member.extents},
+        tuple(member.node for member in members),
+        cells,
+    )
+
+
 _ShardSource = tuple[int, Callable[[memoryview], int]]
 """A shard's number, and what reads it into a buffer and returns its length in bytes."""
 

@@ -21,7 +21,7 @@ from ckptd.erasure import Codec, Stripe, open_codec
 from ckptd.errors import CorruptData, Gone, ProtocolError
 from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
 from ckptd.segment import ParitySidecar
-from ckptd.wire import GetEncoded, Source
+from ckptd.wire import GetEncoded
 
 ROWS_WINDOW = 8
 _STRIPES_AT_ONCE = 4
@@ -106,17 +106,6 @@ class EncodeRun:
         self._stop.set()
         with self._change:
             self._change.notify_all()
-
-    def source(self) -> Source:
-        """Where the cells of the snapshot are when all of its group have encoded it."""
-        members = [member for group in self._manifest.groups for member in group.members]
-        return Source(
-            self._manifest,
-            {extent.rank: (member.node,) for member in members for extent in member.extents},
-            {extent.rank: extent.size_bytes for member in members for extent in member.extents},
-            tuple(member.node for member in members),
-            dict(self._cells),
-        )
 
     def update(self, cells: dict[str, str]) -> None:
         """Peers have other addresses now."""

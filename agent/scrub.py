@@ -173,16 +173,17 @@ class Scrubber:
         into: memoryview,
         restore: Callable[[CellDecoder, memoryview], None],
     ) -> None:
-        if (id, what) in self._hopeless:
-            return
         decoder = self._decoder_of(id)
+        hopeless = (id, f"{what}, {decoder is None}")  # its peers may become known
+        if hopeless in self._hopeless:
+            return
         self._count(damaged=1)
         try:
             if decoder is None:
                 raise Gone("there is no parity of it")
             restore(decoder, into)
         except (PeerError, OSError) as error:
-            self._hopeless.add((id, what))
+            self._hopeless.add(hopeless)
             self._found(self.stats, f"{what} is damaged and could not be mended: {error}")
             return
         with path.open("r+b", buffering=0) as file:

@@ -22,7 +22,7 @@ from zmq.utils.monitor import parse_monitor_message
 from ckptd.agent import events as ev
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
-from ckptd.agent.decode import CellDecoder, DecodeService
+from ckptd.agent.decode import CellDecoder, DecodeService, source_when_protected
 from ckptd.agent.fetch import SegmentFetch
 from ckptd.agent.lifecycle import Identity, Lifecycle, Use
 from ckptd.agent.protect import EncodeRun
@@ -76,6 +76,7 @@ class Agent:
         self._peers = Peers(self._key)
         self._reader = CellReader(config.node, self._store, self._peers)
         self._runs: dict[SnapshotId, EncodeRun] = {}
+        self._peer_cells: dict[str, str] = {}
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="ckptd-work")
         self._local: dict[int, LocalConnection] = {}
         self._next_conn = 1
@@ -418,6 +419,7 @@ class Agent:
 
     def _encode(self, action: ev.Encode) -> None:
         id = action.manifest.id
+        self._peer_cells = action.cells
         running = self._runs.get(id)
         if running is not None:
             running.update(action.cells)
@@ -455,8 +457,11 @@ class Agent:
 
     def _decoder_of(self, id: SnapshotId) -> CellDecoder | None:
         """Called from the scrubber's thread."""
-        run = self._runs.get(id)
-        return None if run is None else CellDecoder(self._reader, id, run.source())
+        manifest = self._manifest_of(id)
+        if manifest is None:
+            return None
+        source = source_when_protected(manifest, dict(self._peer_cells))
+        return CellDecoder(self._reader, id, source)
 
     def _scrubbed(self, stats: ScrubStats, text: str) -> None:
         log.warning("scrubbing", found=text)

@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from ckptd.segment import parse_header
+
 from .town import JOB
 
 pytestmark = pytest.mark.timeout(300)
@@ -240,3 +242,29 @@ def test_a_snapshot_that_had_to_be_given_up_does_not_make_the_job_start_from_not
     assert "ckptd rm story" in said["text"]
     problems = here.status()["nodes"][0]["reasons"]
     assert any("cannot be used" in problem for problem in problems)
+
+
+def test_a_bit_that_flips_at_rest_is_found_and_mended(town):
+    here = town(3)
+    names = here.train()
+    here.wait_for_start(names)
+    here.wait_for_snapshot("protected", after=3)
+    here.kill_trainers(names)
+    at_rest = here.wait_for_snapshot("protected")
+    flipped = []
+    for path in here.memory_of("n1").glob(f"{JOB}/*.safetensors"):
+        raw = path.read_bytes()
+        if raw[:8] != bytes(8) and parse_header(memoryview(raw), path.name).id.step == at_rest:
+            with path.open("r+b") as file:
+                file.seek(len(raw) // 2)
+                file.write(bytes([raw[len(raw) // 2] ^ 1]))
+            flipped.append((path, raw))
+    assert flipped
+
+    def mended():
+        node = next(node for node in here.status()["nodes"] if node["node"] == "n1")
+        return node if node["mended_cells"] else None
+
+    node = here.wait("it to be mended", mended, 60)
+    assert any("was damaged, and has been mended" in reason for reason in node["reasons"])
+    assert all(path.read_bytes() == raw for path, raw in flipped)
