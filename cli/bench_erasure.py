@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from random import Random
 from time import perf_counter
 
 import click
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ckptd.cli import options
-from ckptd.cli.bench_numbers import Spread, order_of_turn, paired
+from ckptd.cli.bench_numbers import Spread, paired
 from ckptd.config import erasure_engine
 from ckptd.erasure import CodecError, isal, open_codec
 from ckptd.erasure.field import coefficients
@@ -161,10 +162,16 @@ def _measure(data_shards: int, parity_shards: int, cell_bytes: int, repeats: int
 def _take_turns(
     work: Mapping[str, Callable[[], object]], size_gb: float, repeats: int
 ) -> dict[str, dict[int, float]]:
-    """GB per second by name and turn."""
+    """GB per second by name and turn.
+
+    What runs after zfec, which fills fresh memory, is slower. So each call is made once before its
+    time is taken, and the order is drawn anew for each turn: nothing has a neighbour of its own.
+    """
+    shuffle = Random(0)
     rates: dict[str, dict[int, float]] = {name: {} for name in work}
     for turn in range(_WARM_UP + repeats):
-        for name in order_of_turn(list(work), turn):
+        for name in shuffle.sample(list(work), len(work)):
+            work[name]()
             began = perf_counter()
             work[name]()
             took_s = perf_counter() - began

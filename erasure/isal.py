@@ -65,7 +65,7 @@ def bundled_path() -> Path:
         for found in sorted(folder.glob(_BUNDLED_NAMES)):
             return found
     raise CodecError(
-        f"the installed {_BUNDLE} brings no {_BUNDLED_NAMES}; its wheel from 1.7 on does, one "
+        f"the installed {_BUNDLE} brings no {_BUNDLED_NAMES}; its wheel from 1.8 on does, one "
         "that was built from source does not"
     )
 
