@@ -165,6 +165,10 @@ class Identity:
     domain: str
     spare: bool
     codec: str
+    engine: str
+    """What computes the codec here."""
+    engine_reason: str
+    """Why no better engine does; "" if there is none."""
     memory_dir: str
     memory_limit_bytes: int
     coordinator: str
@@ -363,6 +367,8 @@ class Lifecycle:
                 domain=mine.domain,
                 spare=mine.spare,
                 codec=mine.codec,
+                engine=mine.engine,
+                engine_reason=mine.engine_reason,
                 memory_limit_bytes=mine.memory_limit_bytes,
                 memory_used_bytes=self.used_bytes,
                 holdings=tuple(

@@ -16,8 +16,9 @@ from typing import TypeVar
 
 from ckptd.agent.reader import CellReader
 from ckptd.agent.store import Store
+from ckptd.config import erasure_engine
 from ckptd.digest import cell_count, digest, pack
-from ckptd.erasure import Codec, Stripe, open_codec
+from ckptd.erasure import Codec, CodecError, Stripe, open_codec
 from ckptd.errors import CorruptData, Gone, ProtocolError
 from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
 from ckptd.segment import ParitySidecar
@@ -41,7 +42,10 @@ _T = TypeVar("_T")
 
 def codec_for(manifest: JobManifest, group: Group) -> Codec:
     """The codec of a group, opened once. Raises ProtocolError for one that is not to be had."""
-    codec = _codec(group.data_shards, group.parity_shards)
+    try:
+        codec = _codec(group.data_shards, group.parity_shards, erasure_engine())
+    except CodecError as error:
+        raise ProtocolError(f"{manifest.id} cannot be coded here: {error}") from error
     if codec.name != manifest.codec:
         raise ProtocolError(
             f"{manifest.id} is coded with {manifest.codec!r}, and this agent has {codec.name!r}; "

@@ -29,8 +29,9 @@ from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
 from ckptd.agent.scrub import Scrubber, ScrubStats
 from ckptd.agent.store import Store
+from ckptd.config import ENV_ERASURE_ENGINE, erasure_engine
 from ckptd.control import client_socket
-from ckptd.erasure import ZfecCodec
+from ckptd.erasure import CodecError, ZfecCodec, engine_in_use
 from ckptd.errors import CkptdError, ConfigError, Gone, ProtocolError
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey, check_bind
@@ -107,6 +108,7 @@ class Agent:
     async def run(self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
         """Start up, serve until told to stop, also by one of the signals, shut down."""
         self._loop = asyncio.get_running_loop()
+        engine, engine_reason = await self._loop.run_in_executor(self._pool, _erasure_engine)
         adopted = await self._loop.run_in_executor(self._pool, self._store.adopt)
         for problem in adopted.problems:
             log.warning("memory directory", problem=problem)
@@ -129,6 +131,8 @@ class Agent:
             domain=self._config.domain,
             spare=self._config.spare,
             codec=ZfecCodec.name,
+            engine=engine,
+            engine_reason=engine_reason,
             memory_dir=str(self._config.memory_dir),
             memory_limit_bytes=self._config.memory_limit_bytes,
             coordinator=self._config.coordinator,
@@ -163,6 +167,8 @@ class Agent:
             node=identity.node,
             socket=str(self._config.socket),
             cells=identity.cells,
+            engine=engine,
+            engine_reason=engine_reason,
             adopted_segments=len(adopted.segments),
         )
         self._scrubber = Scrubber(
@@ -505,6 +511,15 @@ class Agent:
 
 def _rejected(error: Exception) -> bytes:
     return encode(Rejected(type(error).__name__, str(error)))
+
+
+def _erasure_engine() -> tuple[str, str]:
+    """What computes parity here, and why nothing better does. Raises ConfigError if nothing can."""
+    choice = erasure_engine()
+    try:
+        return engine_in_use(choice)
+    except CodecError as error:
+        raise ConfigError(f"{error} ({ENV_ERASURE_ENGINE} is {choice})") from error
 
 
 def _listen(path: Path) -> socket.socket:

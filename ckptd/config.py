@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptd.erasure import AUTO, ENGINE_CHOICES
 from ckptd.errors import ConfigError
 from ckptd.ids import check_job_id
 
@@ -12,6 +13,7 @@ ENV_JOB = "CKPTD_JOB"
 ENV_AGENT = "CKPTD_AGENT"
 ENV_COORDINATOR = "CKPTD_COORDINATOR"
 ENV_RENDEZVOUS = "CKPTD_RENDEZVOUS"
+ENV_ERASURE_ENGINE = "CKPTD_ERASURE_ENGINE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,19 @@ def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """Where the embedded agent of this user and machine has its socket, locks and log."""
     base = environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "ckptd" if base else Path(f"/tmp/ckptd-{os.getuid()}")
+
+
+def erasure_engine(environ: Mapping[str, str] = os.environ) -> str:
+    """The engine for parity that `CKPTD_ERASURE_ENGINE` asks for; "auto" if it is not set.
+
+    Raises ConfigError for a name that is none of an engine. Whether it works is not looked at.
+    """
+    choice = environ.get(ENV_ERASURE_ENGINE) or AUTO
+    if choice not in ENGINE_CHOICES:
+        raise ConfigError(
+            f"{ENV_ERASURE_ENGINE} is {choice!r}; it must be one of {', '.join(ENGINE_CHOICES)}"
+        )
+    return choice
 
 
 def _check_one_machine(environ: Mapping[str, str]) -> None:

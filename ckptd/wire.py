@@ -12,7 +12,7 @@ from ckptd.errors import ProtocolError
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
 from ckptd.manifest import Extent, JobManifest, JobRecord
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 FRAME_LIMIT_BYTES = 64 << 20
 TRAINER_FRAME_LIMIT_BYTES = 64 << 10  # one SEQPACKET datagram
 
@@ -232,7 +232,11 @@ class RankState(msgspec.Struct, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """Who an agent is and all that it holds. Sent on start and whenever the coordinator asks."""
+    """Who an agent is and all that it holds. Sent on start and whenever the coordinator asks.
+
+    `engine` computes `codec` there; `engine_reason` says why no better one does; it
+    is empty if there is none.
+    """
 
     node: NodeId
     incarnation: str
@@ -242,6 +246,8 @@ class Hello(Message, frozen=True):
     domain: str
     spare: bool
     codec: str
+    engine: str
+    engine_reason: str
     memory_limit_bytes: int
     memory_used_bytes: int
     holdings: tuple[Holding, ...]

@@ -105,24 +105,27 @@ def _nodes(nodes: list[dict[str, Any]], address: str) -> RenderableType:
     title = Text.assemble(("nodes", "bold"), f"  {live} live")
     if lost := len(nodes) - live:
         title.append(", ").append(f"{lost} lost", show.BAD)
-    head = ["node", "state", "domain", "codec", "ranks", "memory", "seen"]
+    head = ["node", "state", "domain", "engine", "ranks", "memory", "seen"]
     return Group(title, show.Listing(head, [_node(node) for node in nodes], ["domain"]))
 
 
 def _node(node: Mapping[str, Any]) -> tuple[list[Text | str], list[Text]]:
     lost = node["state"] == "lost"
     doubt = not lost and node["reasons"]
+    notes = [show.note(reason, show.BAD if lost else show.WARN) for reason in node["reasons"]]
+    if node["engine_reason"]:
+        notes.append(show.note(f"parity by {node['engine']}: {node['engine_reason']}"))
     return (
         [
             node["node"],
             Text(node["state"], show.WARN) if doubt else show.state(node["state"]),
             node["domain"],
-            node["codec"],
+            node["engine"].partition(" (")[0],
             _ranks(node),
             _memory(node["memory_used_bytes"], node["memory_limit_bytes"]),
             Text(f"{show.age(node['seen_s_ago'])} ago", show.BAD if lost else ""),
         ],
-        [show.note(reason, show.BAD if lost else show.WARN) for reason in node["reasons"]],
+        notes,
     )
 
 

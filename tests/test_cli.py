@@ -1,6 +1,7 @@
 """The command line as a whole: help, start-up, torchrun's arguments, benches."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ from click.testing import CliRunner
 
 from ckptd.cli.main import _VERBS, main
 from ckptd.cli.run import _spans_machines
+from ckptd.config import erasure_engine
+from ckptd.erasure import open_codec
 from ckptd.trainer.launch import complete_arguments
 
 
@@ -80,6 +83,19 @@ def test_without_an_agent_run_is_for_one_machine(flags):
     assert "only a job on one machine does without" in result.stderr
 
 
+def test_an_agent_with_an_unknown_erasure_engine_does_not_start(tmp_path):
+    flags = ["--coordinator", "tcp://127.0.0.1:9", "--memory-limit", "1MiB"]
+    paths = ["--socket", str(tmp_path / "agent.sock"), "--memory-dir", str(tmp_path / "memory")]
+    result = subprocess.run(
+        [sys.executable, "-m", "ckptd.cli", "agent", *flags, *paths],
+        capture_output=True, text=True, timeout=60,
+        env={**os.environ, "CKPTD_ERASURE_ENGINE": "fastest"},
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "CKPTD_ERASURE_ENGINE is 'fastest'; it must be one of auto, isa-l, zfec" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize(
     "given", [["--nnodes=1", "t.py"], ["--nnodes", "1:1", "t.py"], ["t.py", "--nnodes=2"], ["t.py"]]
 )
@@ -100,7 +116,21 @@ def test_bench_erasure_measures_side_by_side():
         "--json",
     ]
     result = CliRunner().invoke(main, flags)
-    rates = json.loads(result.output)["2+1"]
-    assert set(rates) == {"encode", "raw", "decode", "copy"}
-    assert all(rate["low"] <= rate["median"] <= rate["high"] for rate in rates.values())
+    measured = json.loads(result.output)["2+1"]
+    assert measured["engine"] == open_codec(2, 1, erasure_engine()).engine
+    doings = {f"{doing} {who}" for doing in ("encode", "decode") for who in ("ckptd", "raw zfec")}
+    if measured["raw_isal"].startswith("isa-l "):
+        doings |= {"encode raw isa-l", "decode raw isa-l"}
+    rates, ratios = measured["rates"], measured["ratios"]
+    assert set(rates) == {*doings, "copy"}
+    assert set(ratios) == {
+        f"{doing.partition(' ')[0]} ckptd / {doing.partition(' ')[2]}"
+        for doing in doings
+        if "raw" in doing
+    }
+    for spread in (*rates.values(), *ratios.values()):
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    table = CliRunner().invoke(main, flags[:-1]).output
+    assert f"ckptd computes with {measured['engine']}." in table
+    assert "decode, m lost" in table
     assert CliRunner().invoke(main, ["bench", "erasure", "--code", "4x2"]).exit_code == 2

@@ -21,7 +21,8 @@ from ckptd.cli import ls, show, status
 from ckptd.cli.local_cluster import LocalCluster
 from ckptd.cli.main import main
 from ckptd.client import ask_status
-from ckptd.config import ENV_COORDINATOR
+from ckptd.config import ENV_COORDINATOR, erasure_engine
+from ckptd.erasure import engine_in_use
 from ckptd.errors import Refused
 
 MIB = 1 << 20
@@ -36,6 +37,8 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "cells": "10.0.0.1:9000",
         "domain": "rack-7",
         "codec": "zfec",
+        "engine": "isa-l 2.32.0 (pyeclib)",
+        "engine_reason": "",
         "memory_used_bytes": 384 * MIB,
         "memory_limit_bytes": 512 * MIB,
         "ranks": [],
@@ -79,6 +82,7 @@ LOST = "lost: silent for 31 s"
 PROBLEM = (
     "2.890.seg cannot be used and was set aside: its sidecar says another layout than its header"
 )
+NO_ISAL = "isa-l (pyeclib): pyeclib is not installed: pip install pyeclib"
 WAITS = "ranks [4, 5] of 10 to attach to their agents"
 UNRESTORABLE = "group 0 needs 2 of 3 nodes, and the cells of node-b, node-c are not all there"
 REBUILT = "ranks 4, 5, 6, 7 can be rebuilt from parity"
@@ -90,7 +94,13 @@ DOCUMENT: dict[str, Any] = {
         node("node-a", ranks=of_lm(range(4)), reasons=[PROBLEM]),
         node("node-b", state="lost", seen_s_ago=31.0, reasons=[LOST]),
         node("node-c", ranks=[*of_lm(range(8, 10)), {"job": "other", "rank": 0}]),
-        node("node-d", spare=True, waiting_launchers=["lm"]),
+        node(
+            "node-d",
+            spare=True,
+            waiting_launchers=["lm"],
+            engine="zfec 1.6.0.0",
+            engine_reason=NO_ISAL,
+        ),
     ],
     "jobs": [
         {
@@ -179,9 +189,10 @@ def test_status_hides_no_reason_and_no_number(width: int) -> None:
     for expected in (
         "coordinator tcp://10.0.0.9:7070 · up 2.1 h · cells of 4 MiB",
         "3 live, 1 lost",
-        "node-a live rack-7 zfec lm 0-3 384 MiB / 512 MiB 75% 0.2 s ago",
+        "node-a live rack-7 isa-l 2.32.0 lm 0-3 384 MiB / 512 MiB 75% 0.2 s ago",
         f"! {PROBLEM}",
         f"! {LOST}",
+        f"! parity by zfec 1.6.0.0: {NO_ISAL}",
         "lm 8-9; other 0",
         "spare; waits for lm",
         "job lm waits · life 3 · resumed from 2.890",
@@ -293,6 +304,8 @@ def test_a_real_cluster_is_shown_to_people_and_to_pipes(cluster: LocalCluster) -
     assert [one["node"] for one in document["nodes"]][:2] == ["node-a", "node-b"]
     assert document["nodes"][0]["memory_limit_bytes"] == 8 * MIB
     assert [one["domain"] for one in document["nodes"]][:2] == ["row3/rack7", ""]
+    shown = document["nodes"][0]
+    assert (shown["engine"], shown["engine_reason"]) == engine_in_use(erasure_engine())
     assert json.loads(ckptd(cluster, "ls", "--json")) == []
     unknown = CliRunner().invoke(main, ["ls", "lm", "--coordinator", cluster.endpoint])
     assert unknown.exit_code == 1

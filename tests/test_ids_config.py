@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from ckptd.config import TrainerConfig, runtime_dir, trainer_config
+from ckptd.config import TrainerConfig, erasure_engine, runtime_dir, trainer_config
 from ckptd.errors import ConfigError
 from ckptd.ids import SnapshotId, check_job_id, check_node_id
 from ckptd.keys import ClusterKey, check_bind, new_key
@@ -113,6 +113,13 @@ class TestTrainerConfig:
         assert runtime_dir({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/ckptd")
         for environ in ({}, {"XDG_RUNTIME_DIR": ""}):
             assert runtime_dir(environ) == Path(f"/tmp/ckptd-{os.getuid()}")
+
+    def test_the_erasure_engine_is_the_best_one_unless_one_is_named(self) -> None:
+        for environ in ({}, {"CKPTD_ERASURE_ENGINE": ""}, {"CKPTD_ERASURE_ENGINE": "auto"}):
+            assert erasure_engine(environ) == "auto"
+        assert erasure_engine({"CKPTD_ERASURE_ENGINE": "isa-l"}) == "isa-l"
+        with pytest.raises(ConfigError, match=r"ENGINE is 'ISAL'; it must be .*auto, isa-l, zfec"):
+            erasure_engine({"CKPTD_ERASURE_ENGINE": "ISAL"})
 
 
 class TestKeys:

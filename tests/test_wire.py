@@ -30,8 +30,8 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.TrainerMessage, wire.Detach(True)),
     (wire.AgentToTrainer, wire.Granted(3, None, "nothing yet")),
     (wire.AgentToTrainer, wire.Ticket(ID, "/dev/shm/x")),
-    (wire.AgentMessage, wire.Hello("a", "i", "t", "h", "c", "d", False, "zfec", 1, 0, (HOLDING,),
-                                   (RANK,), (RECORD,), ("job",), ("problem",))),
+    (wire.AgentMessage, wire.Hello("a", "i", "t", "h", "c", "d", False, "zfec", "isa-l", "", 1, 0,
+                                   (HOLDING,), (RANK,), (RECORD,), ("job",), ("problem",))),
     (wire.AgentMessage, wire.SegmentReady("job", 2, 1, ID, 3, 4)),
     (wire.CoordinatorMessage, wire.Grant("job", "r", 2, ID, "why", RECORD, SOURCE, 0.5)),
     (wire.CoordinatorMessage, wire.Protect(MANIFEST, {"a": "127.0.0.1:1"})),
@@ -56,7 +56,7 @@ def decoder() -> Decoder[Message]:
 
 def test_another_protocol_version_is_named(decoder: Decoder[Message]) -> None:
     """Before anything else: the rest of the frame may mean something else by then."""
-    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 1"):
+    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 2"):
         decoder.decode(b"ck\x09whatever")
 
 
@@ -69,7 +69,7 @@ def test_not_ours(decoder: Decoder[Message]) -> None:
 def test_too_large() -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage, limit_bytes=20)
     with pytest.raises(ProtocolError, match="of 21 bytes is over the limit of 20"):
-        decoder.decode(b"ck\x01".ljust(21))
+        decoder.decode(b"ck\x02".ljust(21))
 
 
 def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
@@ -80,7 +80,7 @@ def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
 def test_an_unknown_field_is_refused(decoder: Decoder[Message]) -> None:
     body = msgspec.msgpack.encode({"type": "Progress", "step": 1, "more": 2})
     with pytest.raises(ProtocolError, match="more"):
-        decoder.decode(b"ck\x01" + body)
+        decoder.decode(b"ck\x02" + body)
 
 
 def test_text_that_is_not_utf_8(decoder: Decoder[Message]) -> None:
@@ -103,7 +103,7 @@ def test_nested_without_end() -> None:
 @given(st.binary(max_size=80))
 def test_garbage(body: bytes) -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage)
-    for frame in (body, b"ck\x01" + body):
+    for frame in (body, b"ck\x02" + body):
         with suppress(ProtocolError):
             decoder.decode(frame)
 
@@ -123,6 +123,6 @@ def test_damaged_messages(data: st.DataObject) -> None:
 
 
 def test_a_frame_says_which_message_it_is() -> None:
-    assert encode(Progress(3)) == b"ck\x01" + msgspec.msgpack.encode(
+    assert encode(Progress(3)) == b"ck\x02" + msgspec.msgpack.encode(
         {"type": "Progress", "step": 3}
     )

@@ -56,6 +56,8 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
         "cells": hello.cells,
         "domain": hello.domain,
         "codec": hello.codec,
+        "engine": hello.engine,
+        "engine_reason": hello.engine_reason,
         "memory_used_bytes": node.memory_used_bytes,
         "memory_limit_bytes": hello.memory_limit_bytes,
         "ranks": [{"job": job, "rank": rank} for job, rank in ranks],

@@ -91,6 +91,8 @@ class Cluster:
             domain=node.domain,
             spare=False,
             codec="zfec",
+            engine="zfec 1.6",
+            engine_reason="",
             memory_limit_bytes=1 << 30,
             memory_used_bytes=0,
             holdings=tuple(node.holdings.values()),

@@ -100,7 +100,19 @@ class Node:
 
     def __init__(self, adopted: ev.Adopted = ev.Adopted(), limit_bytes: int = 1 << 20) -> None:  # noqa: B008 (frozen)
         identity = Identity(
-            "a", "i1", "ta", "host-a", "a:1", "", False, "zfec", "/mem", limit_bytes, "tcp://c:1"
+            "a",
+            "i1",
+            "ta",
+            "host-a",
+            "a:1",
+            "",
+            False,
+            "zfec",
+            "zfec 1.6",
+            "",
+            "/mem",
+            limit_bytes,
+            "tcp://c:1",
         )
         self.now = 10.0
         self.lifecycle = Lifecycle(identity, adopted, self.now)

@@ -201,6 +201,8 @@ class Machine:
             "",
             False,
             "zfec",
+            "zfec 1.6",
+            "",
             "",
             self.world.memory_limit_bytes,
             "tcp://coordinator:1",

@@ -1,10 +1,14 @@
 """The contract of `Codec`, run over every engine, against a slow oracle."""
 
+import contextlib
 import mmap
+import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +18,25 @@ from hypothesis import strategies as st
 
 from ckptd.erasure import MAX_SHARDS, Codec, CodecError, ZfecCodec, open_codec
 from ckptd.erasure.codec import self_test
+from ckptd.erasure.isal import IsalCodec, Library, load_bundled, load_system
 
 from . import oracle
 
-ENGINES = [ZfecCodec]
+
+def _isal_engines() -> Iterator[Any]:
+    """ISA-L from each place that has it; where the bundled one is missing, its tests are skipped.
+
+    Few machines have one of the system's, and none needs it.
+    """
+    try:
+        yield pytest.param(partial(IsalCodec, library=load_bundled()), id="isal-bundled")
+    except CodecError as error:
+        yield pytest.param(None, id="isal-bundled", marks=pytest.mark.skip(reason=str(error)))
+    with contextlib.suppress(CodecError):
+        yield pytest.param(partial(IsalCodec, library=load_system()), id="isal-system")
+
+
+ENGINES = [pytest.param(ZfecCodec, id="zfec"), *_isal_engines()]
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 geometries = st.tuples(st.integers(1, 12), st.integers(1, 4))
@@ -76,6 +95,52 @@ class TestTheCode:
         assert decoded == {number: originals[number] for number in wanted}
 
     @every_engine
+    @settings(deadline=None, max_examples=60)
+    @given(data=st.data(), k=st.integers(1, 32), m=st.integers(1, 8), length=st.integers(1, 200))
+    def test_every_count_of_losses_in_large_groups(
+        self,
+        engine: Callable[[int, int], Codec],
+        data: st.DataObject,
+        k: int,
+        m: int,
+        length: int,
+    ) -> None:
+        """The survivors, some of the data among them, are decoded by engine and oracle alike."""
+        originals = random_shards(k, length, seed=k * m * length)
+        codec = engine(k, m)
+        shards = dict(enumerate([*originals, *oracle.encode(originals, m)]))
+        for losses in range(m + 1):
+            lost = data.draw(st.permutations(range(k + m)), label="order of loss")[:losses]
+            left = {number: shards[number] for number in sorted(shards.keys() - set(lost))}
+            used = dict(list(left.items())[:k])
+            assert list(decode(codec, left, range(k)).values()) == oracle.decode(used, k, m)
+
+    @every_engine
+    @pytest.mark.parametrize("k", [1, 2, 7, 32])
+    def test_every_length_and_alignment_around_the_width_of_vectors(
+        self, engine: Callable[[int, int], Codec], k: int
+    ) -> None:
+        """Shards begin at any byte, and not a byte beside the targets is touched."""
+        codec = engine(k, 3)
+        whole = random_shards(k, 200)
+        parity = oracle.encode(whole, 3)
+        for length in range(1, 135):
+            at = length % 17
+            data = [memoryview(bytes(at + i % 3) + shard)[at + i % 3 :][:length]
+                    for i, shard in enumerate(whole)]  # fmt: skip
+            memory = [bytearray(b"\xee" * (length + 64)) for _ in parity]
+            rows = [memoryview(room)[at + i : at + i + length] for i, room in enumerate(memory)]
+            codec.encode(data, rows)
+            for i, (room, row) in enumerate(zip(memory, parity, strict=True)):
+                around = room[: at + i] + room[at + i + length :]
+                assert room[at + i : at + i + length] == row[:length], (length, i)
+                assert around == b"\xee" * 64, (length, i)
+            out = bytearray(b"\xee" * (length + 64))
+            shards = {n: data[n] for n in range(1, k)} | {k + 2: rows[2]}
+            codec.decode(shards, {0: memoryview(out)[at : at + length]})
+            assert out == b"\xee" * at + whole[0][:length] + b"\xee" * (64 - at)
+
+    @every_engine
     @pytest.mark.parametrize(("k", "m"), [(1, 1), (1, 3), (2, 1), (4, 2), (6, 3)])
     def test_every_possible_set_of_survivors_suffices(
         self, engine: Callable[[int, int], Codec], k: int, m: int
@@ -126,6 +191,81 @@ class TestTheCode:
         survivors = {2: zeros, 3: zeros, 4: parity[0], 5: parity[1]}
         assert decode(codec, survivors, [0, 1]) == {0: data[0], 1: data[1]}
         assert encode(codec, [zeros] * 4) == [zeros, zeros]
+
+
+class TestIsal:
+    """What only an engine that takes addresses and a C int can do wrong."""
+
+    class Recorder:
+        """In the place of ISA-L: notes the lengths and addresses of calls, and touches nothing."""
+
+        def __init__(self) -> None:
+            self.calls: list[tuple[int, list[int], list[int]]] = []
+            self.tables = 0
+
+        def init_tables(self, k: int, rows: int, matrix: bytes, tables: Any) -> None:
+            assert len(matrix) == k * rows
+            assert len(tables) == 32 * k * rows
+            self.tables += 1
+
+        def encode_data(
+            self, length: int, k: int, rows: int, tables: Any, data: Any, parity: Any
+        ) -> None:
+            self.calls.append((length, list(data), list(parity)))
+
+        def codec(self, k: int, m: int) -> IsalCodec:
+            return IsalCodec(k, m, Library("recorder", self.init_tables, self.encode_data))
+
+    def test_lengths_that_no_c_int_holds_are_split_without_a_gap(self, tmp_path: Path) -> None:
+        length = 2 * (1 << 31) + 65
+        recorder = self.Recorder()
+        path = tmp_path / "sparse"
+        path.touch()
+        os.truncate(path, length)
+        with path.open("r+b") as file:
+            maps = [mmap.mmap(file.fileno(), length) for _ in range(3)]
+        recorder.codec(2, 1).encode(maps[:2], maps[2:])
+        starts = [np.frombuffer(one, np.uint8).ctypes.data for one in maps]
+        done = 0
+        for size, data, parity in recorder.calls:
+            assert 0 < size < 1 << 31
+            assert [*data, *parity] == [start + done for start in starts]
+            done += size
+        assert done == length
+
+    @pytest.mark.parametrize("engine", ENGINES[1:])
+    def test_pieces_of_a_split_call_have_the_bytes_of_one(
+        self, engine: Callable[[int, int], Codec], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ckptd.erasure.isal._CALL_BYTES", 64)
+        data = random_shards(5, 64 * 3 + 1)
+        codec = engine(5, 2)
+        parity = encode(codec, data)
+        assert parity == oracle.encode(data, 2)
+        shards = {1: data[1], 3: data[3], 4: data[4], 5: parity[0], 6: parity[1]}
+        assert decode(codec, shards, [2, 0]) == {0: data[0], 2: data[2]}
+
+    def test_only_lost_shards_that_are_wanted_are_computed(self) -> None:
+        recorder = self.Recorder()
+        shards = {0: GOOD, 1: GOOD, 4: GOOD, 5: GOOD}
+        out = {0: room(), 3: room()}
+        recorder.codec(4, 2).decode(shards, out)
+        [(_, _, rows)] = recorder.calls
+        assert rows == [np.frombuffer(out[3], np.uint8).ctypes.data]
+        assert out[0] == GOOD
+
+    def test_the_same_losses_need_their_tables_once_and_few_are_kept(self) -> None:
+        recorder = self.Recorder()
+        codec = recorder.codec(4, 2)
+        after_opening = recorder.tables
+        for _ in range(3):
+            codec.decode({1: GOOD, 2: GOOD, 3: GOOD, 5: GOOD}, {0: room()})
+        assert recorder.tables == after_opening + 1
+        wide = recorder.codec(100, 1)
+        for lost in [*range(100), 0]:
+            shards = {number: GOOD for number in range(101) if number != lost}
+            wide.decode(shards, {lost: room()})
+        assert recorder.tables == after_opening + 1 + 1 + 101
 
 
 class TestBuffers:
@@ -320,6 +460,7 @@ class OracleCodec:
     """An engine made from the definition of the code."""
 
     name = "zfec"
+    engine = "oracle"
 
     def __init__(self, data_shards: int, parity_shards: int) -> None:
         self.data_shards = data_shards
@@ -343,6 +484,8 @@ def xor(shards: Iterable[bytes]) -> bytes:
 class XorCodec(OracleCodec):
     """Another good code, consistent in itself, with one parity row: but not ours."""
 
+    engine = "xor"
+
     def encode(self, data: Sequence[Any], parity: Sequence[Any]) -> None:
         parity[0][:] = xor(data)
 
@@ -353,6 +496,8 @@ class XorCodec(OracleCodec):
 
 class OneByteWrong(OracleCodec):
     """Encodes rightly; the last byte decodes wrongly, as by a faulty vector kernel."""
+
+    engine = "one byte wrong"
 
     def decode(self, shards: Mapping[int, Any], out: Mapping[int, Any]) -> None:
         super().decode(shards, out)
@@ -367,11 +512,11 @@ class TestOpening:
         self_test(OracleCodec, 5, 2)
 
     def test_an_engine_for_another_code_is_refused(self) -> None:
-        with pytest.raises(CodecError, match=r"self-test of XorCodec 2\+1: parity has sha256"):
+        with pytest.raises(CodecError, match=r"self-test of xor 2\+1: parity has sha256"):
             self_test(XorCodec, 1, 1)
 
     def test_an_engine_that_decodes_wrongly_is_refused(self) -> None:
-        with pytest.raises(CodecError, match=r"OneByteWrong 1\+1: data shards \[0\] did not"):
+        with pytest.raises(CodecError, match=r"one byte wrong 1\+1: data shards \[0\] did not"):
             self_test(OneByteWrong, 4, 2)
 
     def test_an_engine_wrong_only_in_the_geometry_asked_for_is_refused(self) -> None:
