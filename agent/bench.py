@@ -18,6 +18,7 @@ from time import perf_counter, process_time
 import msgspec
 import psutil
 
+from ckptd.agent.buffers import give_large_buffers_back
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.decode import DecodeService
 from ckptd.agent.fetch import SegmentFetch
@@ -296,6 +297,7 @@ def _own_bytes() -> int:
 
 def main() -> None:
     """NAME, ROOT and HOST are the arguments."""
+    give_large_buffers_back()
     name, root, host = sys.argv[1:4]
     node = BenchNode(name, Path(root), host)
     answer: msgspec.Struct = node.ready

@@ -1,10 +1,23 @@
 """Memory for cells on their way, used again: touching fresh memory is slower than the copy."""
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _KEPT_BYTES = 64 << 20
+_M_MMAP_THRESHOLD = -3
+_LARGE_BYTES = 1 << 20
+
+
+def give_large_buffers_back() -> None:
+    """Have malloc return memory of 1 MiB and more at once, in this process.
+
+    By default glibc keeps freed buffers of up to 32 MiB, and for each thread apart.
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 class Buffers:

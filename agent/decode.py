@@ -2,8 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 
 from ckptd.agent.protect import codec_for
@@ -15,9 +14,8 @@ from ckptd.ids import SnapshotId
 from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
 from ckptd.wire import GetDecoded, Source
 
-_READS_AT_ONCE = 8
-_AT_ONCE = 4  # each needs as much memory as a stripe's data
-_ROOM_WAIT_S = 5.0
+_AT_ONCE = 2  # each needs as much memory as a stripe's data
+_ROOM_WAIT_S = 15.0
 _SNAPSHOTS_KNOWN = 4
 
 
@@ -50,13 +48,8 @@ class CellDecoder:
         id: SnapshotId,
         source: Source,
         known: "Geometry | None" = None,
-        pool: ThreadPoolExecutor | None = None,
     ) -> None:
-        """`known`: what another decoder of this snapshot has found out already.
-
-        `pool`: threads that read the cells of a stripe at the same time; else one after the other.
-        """
-        self._map: Callable[..., Iterable[int | Exception]] = map if pool is None else pool.map
+        """`known`: what another decoder of this snapshot has found out already."""
         self._reader, self._id, self._source = reader, id, source
         self.known = known if known is not None else Geometry()
 
@@ -173,9 +166,8 @@ class CellDecoder:
                 batch = sources[: group.data_shards - len(shards)]
                 del sources[: len(batch)]
                 views = [free.pop() for _ in batch]
-                for (shard, _), view, got in zip(
-                    batch, views, self._map(_read, batch, views), strict=True
-                ):
+                lengths = list(self._reader.pool.map(_read, batch, views))
+                for (shard, _), view, got in zip(batch, views, lengths, strict=True):
                     if isinstance(got, int):
                         shards[shard] = view, got
                     else:
@@ -306,7 +298,6 @@ class DecodeService:
         self._mutex = threading.Lock()
         self._known: OrderedDict[SnapshotId, Geometry] = OrderedDict()
         self._room = threading.BoundedSemaphore(_AT_ONCE)
-        self._pool = ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="ckptd-decode")
 
     def __call__(self, request: GetDecoded) -> memoryview:
         """The cell. Raises Gone, CorruptData or Unrecoverable."""
@@ -318,7 +309,7 @@ class DecodeService:
         try:
             source = Source(manifest, request.ranks, {}, request.parity, request.cells)
             known = self._geometry(request.id)
-            decoder = CellDecoder(self._reader, request.id, source, known, self._pool)
+            decoder = CellDecoder(self._reader, request.id, source, known)
             decoder.stripe_of(request.rank, request.cell)  # there is such a cell
             segment, cell_bytes = decoder.segment(request.rank)
             _, length = cell_span(request.cell, segment.size_bytes, cell_bytes)

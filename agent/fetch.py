@@ -20,7 +20,7 @@ from ckptd.manifest import SegmentDigests
 from ckptd.segment import LENGTH_BYTES, Sidecar, checked_record, sidecar_path
 from ckptd.wire import Source
 
-_THREADS = 12
+_THREADS = 16
 _HELPERS_ASKED = 2
 HELPER_TIMEOUT_S = 30.0
 
@@ -94,7 +94,12 @@ class SegmentFetch:
     def _one_cell(self, path: Path, segment: SegmentDigests, index: int) -> tuple[int, bytes]:
         """Write one cell, but for the header length, which publishes; returns its first bytes."""
         offset, length = cell_span(index, segment.size_bytes, self._cell_bytes)
-        buffer = memoryview(bytearray(length))
+        with self._reader.buffers.lend(self._cell_bytes) as (whole,):
+            return self._into(whole[:length], path, offset, segment, index)
+
+    def _into(
+        self, buffer: memoryview, path: Path, offset: int, segment: SegmentDigests, index: int
+    ) -> tuple[int, bytes]:
         try:
             self._reader.cell(
                 self._id,

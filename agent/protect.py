@@ -8,7 +8,7 @@ keeps the first, and hands the others to the nodes that keep them. Pulling bound
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from pathlib import Path
 from time import monotonic
@@ -25,9 +25,9 @@ from ckptd.segment import ParitySidecar
 from ckptd.wire import GetEncoded
 
 ROWS_WINDOW = 8
-_STRIPES_AT_ONCE = 4
+_STRIPES_AT_ONCE = 3
 _STRIPES_BYTES = 96 << 20  # at most, in the cells of stripes that are encoded at the same time
-_ROWS_AT_ONCE = 2
+_ROWS_AT_ONCE = 6
 _RETRY_S = 0.2
 _RETRY_MAX_S = 2.0
 _ROW_WAIT_S = 5.0
@@ -258,22 +258,30 @@ class EncodeRun:
         length = max(lengths)
         rows = [memoryview(bytearray(length)) for _ in stripe.parity]
         with self._reader.buffers.lend(self._manifest.cell_bytes, len(stripe.data)) as buffers:
-            for (member, cell), buffer in zip(stripe.data, buffers, strict=True):
-                got = 0
-                if cell is not None:
-                    rank, index = self._places[member][cell]
-                    got = self._reader.cell(
-                        self._manifest.id,
-                        self._segment(member, rank),
-                        index,
-                        self._manifest.cell_bytes,
-                        self._addresses(self._group.members[member].node),
-                        buffer,
-                    )
-                if got < length:
-                    buffer[got:length] = bytes(length - got)
+            reads = [
+                self._reader.pool.submit(self._read, member, cell, buffer)
+                for (member, cell), buffer in zip(stripe.data, buffers, strict=True)
+            ]
+            wait(reads)  # before a failure gives the buffers back
+            for read, buffer in zip(reads, buffers, strict=True):
+                got = read.result()
+                buffer[got:length] = bytes(max(0, length - got))
             self._codec.encode([buffer[:length] for buffer in buffers], rows)
         return rows
+
+    def _read(self, member: int, cell: int | None, into: memoryview) -> int:
+        """A data cell's length; a virtual one has none."""
+        if cell is None:
+            return 0
+        rank, index = self._places[member][cell]
+        return self._reader.cell(
+            self._manifest.id,
+            self._segment(member, rank),
+            index,
+            self._manifest.cell_bytes,
+            self._addresses(self._group.members[member].node),
+            into,
+        )
 
     def _collect_rows(self) -> None:
         wanted = [place for place in self._index if place[1] > 0]

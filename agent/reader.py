@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from ckptd.agent.buffers import Buffers
 from ckptd.agent.cells import Peers
@@ -12,6 +13,8 @@ from ckptd.ids import SnapshotId
 from ckptd.manifest import NodeManifest, SegmentDigests
 from ckptd.wire import GetCell, GetManifest, GetParity
 
+_READS_AT_ONCE = 16
+
 
 class CellReader:
     """Every read is verified against the digest that the cell had when it was captured."""
@@ -19,6 +22,8 @@ class CellReader:
     def __init__(self, node: str, store: Store, peers: Peers) -> None:
         self.node, self.store, self.peers = node, store, peers
         self.buffers = Buffers()
+        self.pool = ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="ckptd-read")
+        """For reads that need not wait for one another; nothing in it may wait for it."""
 
     def cell(
         self,

@@ -20,6 +20,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from ckptd.agent import events as ev
+from ckptd.agent.buffers import give_large_buffers_back
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
 from ckptd.agent.decode import CellDecoder, DecodeService, source_when_protected
@@ -549,4 +550,5 @@ def _listen(path: Path) -> socket.socket:
 
 def run_agent(config: AgentConfig) -> None:
     """Run an agent until SIGTERM or SIGINT. Raises ConfigError if it cannot start."""
+    give_large_buffers_back()
     asyncio.run(Agent(config).run())
