@@ -22,6 +22,7 @@ from ckptd.wire import Source
 
 _THREADS = 16
 _HELPERS_ASKED = 2
+_DECODED_AT_ONCE = 2  # each needs as much memory as a stripe's data
 HELPER_TIMEOUT_S = 30.0
 
 
@@ -52,6 +53,7 @@ class SegmentFetch:
         self._manifest = manifest
         self._cell_bytes = manifest.cell_bytes if manifest is not None else 0
         self._decoder = CellDecoder(reader, id, source)
+        self._decoding = threading.BoundedSemaphore(_DECODED_AT_ONCE)
         self._silent: set[str] = set()
         self._mutex = threading.Lock()
         self._fetched = 0
@@ -147,7 +149,8 @@ class SegmentFetch:
                     continue  # it cannot; perhaps this node can
                 except OSError:
                     self._silent.add(helper)
-        self._decoder.decode(segment, index, into, str(why))
+        with self._decoding:
+            self._decoder.decode(segment, index, into, str(why))
 
     def _sidecar(self, segment: SegmentDigests) -> Sidecar:
         world_size = (

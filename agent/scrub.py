@@ -21,7 +21,7 @@ from ckptd.digest import cell_count, cell_span, digest, unpack_one
 from ckptd.errors import Gone, PeerError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import SegmentDigests
-from ckptd.segment import Sidecar
+from ckptd.segment import LENGTH_BYTES, Sidecar
 
 AT_REST_S = 10.0
 """A snapshot is left alone for so long: most are overwritten before."""
@@ -107,6 +107,8 @@ class Scrubber:
                     view = buffer[:length]
                     if self._is_right(path, offset, want, view):
                         continue
+                    if index == 0 and view[:LENGTH_BYTES] == bytes(LENGTH_BYTES):
+                        continue  # somebody mends it already, and publishes it last
                     what = f"cell {index} of rank {rank} of {id}"
                     self._mend(id, what, path, offset, view, partial(_decode, sidecar, index))
 

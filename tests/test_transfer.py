@@ -566,6 +566,18 @@ class TestScrubbing:
         assert "is not what its data gives" in self.said[0]
         assert scrubber.stats.mended_cells == 0
 
+    def test_a_segment_that_is_being_mended_already_is_left_alone(self, build: Build) -> None:
+        cluster = build([1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        with node.segment(rank).open("r+b") as file:
+            file.write(bytes(8))
+        scrubber = self.scrubber(cluster, node)
+        scrubber.round(11.0)
+        assert node.segment(rank).read_bytes()[:8] == bytes(8)
+        assert scrubber.stats.damaged_cells == 0
+
     def test_a_snapshot_that_goes_meanwhile_is_let_go(self, build: Build) -> None:
         cluster = build([1, 1], 1)
         cluster.protect()
