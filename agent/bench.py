@@ -105,14 +105,17 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a request has come to; traffic is that of the node's own network device, if any."""
+    """What a request has come to; traffic is that of the node's own network device, if any.
+
+    `own_bytes`: resident memory that is no slot.
+    """
 
     seconds: float = 0.0
     cpu_s: float = 0.0
     received_bytes: int = 0
     sent_bytes: int = 0
     size_bytes: int = 0
-    peak_bytes: int = 0
+    own_bytes: int = 0
     error: str = ""
 
 

@@ -72,7 +72,7 @@ def command(codes: tuple[str, ...], cell_size: int, repeats: int, as_json: bool)
     raw ones are bare calls: nothing is checked, and tables are prepared. Decoding is of m lost data
     cells.
     """
-    results = {code: _measure(*_parse(code), cell_size, repeats) for code in codes}
+    results = {code: _measure(*options.parse_code(code), cell_size, repeats) for code in codes}
     if as_json:
         click.echo(json.dumps({code: asdict(result) for code, result in results.items()}))
         return
@@ -102,13 +102,6 @@ def _table(work: str, results: Mapping[str, Results]) -> Table:
             f"{result.ratios[f'{work} {_OURS} / {_ZFEC}'].median:.1f}",
         )
     return table
-
-
-def _parse(code: str) -> tuple[int, int]:
-    data, plus, parity = code.partition("+")
-    if not plus or not data.isdigit() or not parity.isdigit() or not int(data) * int(parity):
-        raise click.UsageError(f"--code {code}: write k+m, such as 4+2")
-    return int(data), int(parity)
 
 
 def _measure(data_shards: int, parity_shards: int, cell_bytes: int, repeats: int) -> Results:

@@ -184,13 +184,6 @@ def _town(
         yield Town(data, parity, image_bytes, cell_bytes, link, nodes)
 
 
-def _parse(code: str) -> tuple[int, int]:
-    data, plus, parity = code.partition("+")
-    if not plus or not data.isdigit() or not parity.isdigit() or not int(data) * int(parity):
-        raise click.UsageError(f"--code {code}: write k+m, such as 4+2")
-    return int(data), int(parity)
-
-
 def _link_rate(loopback: bool, rate: float) -> float | None:
     if loopback:
         return None
@@ -286,27 +279,12 @@ def protect(
     Every node must send and receive (k+m-1)/k of an image; what the links need for that is the
     limit.
     """
-    data, parity = _parse(code)
+    data, parity = options.parse_code(code)
     with _town(data, parity, image, cell_size, _link_rate(loopback, rate)) as town:
         runs = [town.protect() for _ in range(repeats + 1)][1:]
-        traffic = (data + parity - 1) / data * town.image_bytes
-        link, found_image = town.link, town.image_bytes
-    seconds = Spread.of([max(answer.seconds for answer in run) for run in runs])
-    result: dict[str, Any] = {
-        "code": code,
-        "link": asdict(link),
-        "image_bytes": found_image,
-        "seconds": asdict(seconds),
-        "cpu_s": asdict(Spread.of([sum(answer.cpu_s for answer in run) for run in runs])),
-        "own_bytes": max(answer.peak_bytes for run in runs for answer in run),
-    }
-    if link.bytes_per_s is not None:
-        limit_s = traffic / link.bytes_per_s
-        result["limit_s"] = limit_s
-        result["ratio"] = asdict(Spread.of([max(a.seconds for a in r) / limit_s for r in runs]))
-        sent = [max(answer.sent_bytes for answer in run) / traffic for run in runs]
-        result["sent_ratio"] = asdict(Spread.of(sent))
-    _report(result, as_json, link)
+        link, image_bytes = town.link, town.image_bytes
+        least = (data + parity - 1) / data * image_bytes
+    _report(_result(code, link, image_bytes, runs, least, "sent_ratio"), as_json, link)
 
 
 @click.command(cls=options.Command)
@@ -324,28 +302,46 @@ def rebuild(
 
     The limit is what its link needs for one image.
     """
-    data, parity = _parse(code)
+    data, parity = options.parse_code(code)
     with _town(data, parity, image, cell_size, _link_rate(loopback, rate)) as town:
         town.protect()
         count = len(town.members)
-        runs = [(lost % count, town.rebuild(lost % count)) for lost in range(repeats + 1)][1:]
-        link, sizes = town.link, town.sizes
+        runs = [[town.rebuild(lost % count)] for lost in range(repeats + 1)][1:]
+        link, image_bytes = town.link, town.image_bytes
+    result = _result(code, link, image_bytes, runs, image_bytes, "received_ratio")
+    _report(result, as_json, link)
+
+
+def _result(
+    code: str,
+    link: Link,
+    image_bytes: int,
+    runs: Sequence[Sequence[Answer]],
+    least_bytes: float,
+    traffic: str,
+) -> dict[str, Any]:
+    """What the runs have come to, beside the least that must go through a node's link.
+
+    `traffic`: "sent_ratio" or "received_ratio", whichever of a node's traffic is compared.
+    """
     result: dict[str, Any] = {
         "code": code,
         "link": asdict(link),
-        "image_bytes": max(sizes),
-        "seconds": asdict(Spread.of([answer.seconds for _, answer in runs])),
-        "cpu_s": asdict(Spread.of([answer.cpu_s for _, answer in runs])),
-        "own_bytes": max(answer.peak_bytes for _, answer in runs),
+        "image_bytes": image_bytes,
+        "seconds": asdict(Spread.of([max(a.seconds for a in run) for run in runs])),
+        "cpu_s": asdict(Spread.of([sum(a.cpu_s for a in run) for run in runs])),
+        "own_bytes": max(a.own_bytes for run in runs for a in run),
     }
     if link.bytes_per_s is not None:
-        limits = [sizes[lost] / link.bytes_per_s for lost, _ in runs]
-        result["limit_s"] = max(limits)
-        ratios = [answer.seconds / limit for (_, answer), limit in zip(runs, limits, strict=True)]
-        result["ratio"] = asdict(Spread.of(ratios))
-        received = [answer.received_bytes / sizes[lost] for lost, answer in runs]
-        result["received_ratio"] = asdict(Spread.of(received))
-    _report(result, as_json, link)
+        limit_s = least_bytes / link.bytes_per_s
+        moved = [
+            max(a.sent_bytes if traffic == "sent_ratio" else a.received_bytes for a in run)
+            for run in runs
+        ]
+        result["limit_s"] = limit_s
+        result["ratio"] = asdict(Spread.of([max(a.seconds for a in run) / limit_s for run in runs]))
+        result[traffic] = asdict(Spread.of([each / least_bytes for each in moved]))
+    return result
 
 
 def _mega(spread: Spread) -> str:

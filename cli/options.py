@@ -82,6 +82,19 @@ class Duration(click.ParamType[float]):
         return float(number) * _SECONDS[unit]
 
 
+def parse_code(text: str) -> tuple[int, int]:
+    """k and m of "k+m". Raises click.UsageError; both are at least 1."""
+    data, plus, parity = text.partition("+")
+    if not plus or not data.isdecimal() or not parity.isdecimal():
+        raise click.UsageError(f"--code {text}: write k+m, such as 4+2")
+    if not int(data) or not 1 <= int(parity) <= MAX_PARITY_SHARDS:
+        raise click.UsageError(
+            f"--code {text}: it takes at least 1 data shard, and 1 to {MAX_PARITY_SHARDS} parity "
+            "shards"
+        )
+    return int(data), int(parity)
+
+
 class Command(click.Command):
     """A verb whose CkptdErrors become one clear line and exit code 1."""
 

@@ -101,15 +101,7 @@ def _choose(codes: Sequence[str], nodes: int) -> list[Code]:
         return [code for code in USUAL_CODES if code.nodes <= nodes]
     chosen = []
     for text in dict.fromkeys(codes):
-        data, plus, parity = text.partition("+")
-        if not plus or not data.isdecimal() or not parity.isdecimal():
-            raise click.UsageError(f"--code {text}: write k+m, such as 4+2")
-        code = Code(int(data), int(parity))
-        if not code.data_shards or not 1 <= code.parity_shards <= options.MAX_PARITY_SHARDS:
-            raise click.UsageError(
-                f"--code {text}: it takes at least 1 data shard, and 1 to "
-                f"{options.MAX_PARITY_SHARDS} parity shards"
-            )
+        code = Code(*options.parse_code(text))
         if code.nodes > min(nodes, options.MAX_GROUP_NODES):
             limit = (
                 f"--nodes is {nodes}"
