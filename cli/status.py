@@ -78,10 +78,13 @@ def render(document: Mapping[str, Any], address: str, job: str | None = None) ->
     for one in jobs:
         parts += [Text(), _job(one, document["nodes"])]
     if not jobs:
+        where, flags = ", on each of its nodes", "--agent SOCKET --"
+        if address.startswith("ipc:"):  # the embedded one
+            where, flags = "", "-- --standalone"
         parts += [
             Text(),
-            Text("No job yet. Start one, on each of its nodes:", show.WARN),
-            Text("  ckptd run --job NAME --agent SOCKET -- --nproc-per-node=8 train.py"),
+            Text(f"No job yet. Start one{where}:", show.WARN),
+            Text(f"  ckptd run --job NAME {flags} --nproc-per-node=8 train.py"),
         ]
     return Group(*parts)
 

@@ -368,3 +368,14 @@ def test_watch_needs_a_terminal() -> None:
     result = CliRunner().invoke(main, ["status", "--watch"])
     assert result.exit_code == 2
     assert "--json" in result.output
+
+
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("tcp://10.0.0.9:7070", "on each of its nodes: ckptd run --job NAME --agent SOCKET -- "),
+        ("ipc:///run/user/0/ckptd/x", "Start one: ckptd run --job NAME -- --standalone "),
+    ],
+)
+def test_without_a_job_status_says_how_to_start_one(address: str, hint: str) -> None:
+    assert hint in words(status.render({**DOCUMENT, "jobs": []}, address), 120)
