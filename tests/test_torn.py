@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ckptd.agent.store import read_segment_sidecar, verify_cells
 from ckptd.ids import SnapshotId
@@ -42,9 +45,11 @@ class Net(nn.Module):
 class Training:
     """One rank that captures at each step into two slots, as a Checkpointer would."""
 
-    def __init__(self, directory: Path, audit_every: int = 0) -> None:
+    def __init__(self, directory: Path, audit_every: int = 0, sharded: bool = False) -> None:
         torch.manual_seed(3)
         self.model = Net()
+        if sharded:
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (1,)))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, fused=True)
         self.state = LiveState(self.model, {"adam": self.optimizer}, {})
@@ -127,6 +132,14 @@ class Training:
 @pytest.fixture
 def training(tmp_path: Path) -> Training:
     return Training(tmp_path)
+
+
+@pytest.fixture
+def one_rank_group(tmp_path: Path) -> Iterator[None]:
+    init = f"file://{tmp_path}/group"
+    dist.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 class Held:
@@ -246,6 +259,28 @@ class TestLater:
         held.go.set()
         training.capture.wait_sealed()
         assert [outcome for _, outcome, _ in training.failed] == ["torn"]
+        expected = training.begin()
+        training.capture.wait_sealed()
+        training.check(expected)
+
+    def test_a_fused_step_of_a_sharded_model_without_hooks(
+        self, tmp_path: Path, held: Held, one_rank_group: None
+    ) -> None:
+        """FSDP2: version counters of the parameters' shards say nothing of such a step."""
+        training = Training(tmp_path, sharded=True)
+        before = training.train(4)
+        held.go.clear()
+        training.step_by_optimizer()
+        training.begin()
+        training.step_without_hooks()
+        held.go.set()
+        training.capture.wait_sealed()
+        ((step, outcome, reason),) = training.failed
+        assert (step, outcome) == (5, "torn")
+        assert "was written to before it was copied" in reason
+        training.step -= 1
+        training.check(before)
+        training.step += 1
         expected = training.begin()
         training.capture.wait_sealed()
         training.check(expected)
