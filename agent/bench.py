@@ -1,4 +1,4 @@
-"""One node of `ckptd bench network | protect | rebuild`: `python -m ckptd.agent.bench ROOT HOST`.
+"""One node of `ckptd bench network | protect | rebuild`: `ckptd.agent.bench NAME ROOT HOST`.
 
 It has the data plane of an agent (store, cell server, encoder, fetcher) and no coordinator: it does
 what its standard input says, a JSON object a line, and answers each on standard output.

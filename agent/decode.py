@@ -5,8 +5,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-from ckptd.agent.protect import codec_for
-from ckptd.agent.reader import CellReader
+from ckptd.agent.protect import codec_for, encode_cells
+from ckptd.agent.reader import CellReader, Read
 from ckptd.digest import cell_count, cell_span, digest, unpack_one
 from ckptd.erasure import CodecError, Stripe, StripeMap
 from ckptd.errors import CorruptData, Gone, PeerError, Unrecoverable
@@ -47,11 +47,11 @@ class CellDecoder:
         reader: CellReader,
         id: SnapshotId,
         source: Source,
-        known: "Geometry | None" = None,
+        known: Geometry | None = None,
     ) -> None:
         """`known`: what another decoder of this snapshot has found out already."""
         self._reader, self._id, self._source = reader, id, source
-        self.known = known if known is not None else Geometry()
+        self._known = known if known is not None else Geometry()
 
     def segment(self, rank: int) -> tuple[SegmentDigests, int]:
         """Size and digests of a rank's segment, and the bytes in a cell, from whoever knows them.
@@ -70,12 +70,12 @@ class CellDecoder:
         failure: Exception = Gone(f"nobody knows the digests of rank {rank} of {self._id}")
         for node, addresses in askable:
             try:
-                with self.known.mutex:
-                    manifest = self.known.manifests.get(node)
+                with self._known.mutex:
+                    manifest = self._known.manifests.get(node)
                 if manifest is None:
                     manifest = self._reader.node_manifest(self._id, node, addresses)
-                    with self.known.mutex:
-                        self.known.manifests[node] = manifest
+                    with self._known.mutex:
+                        self._known.manifests[node] = manifest
                 segment = manifest.segment(rank)
             except KeyError:
                 failure = Gone(f"{node} has no rank {rank} of {self._id}")
@@ -107,7 +107,7 @@ class CellDecoder:
             raise Gone(f"{self._id} has no rank {rank}") from None
         if not manifest.groups[group].parity_shards:
             raise Unrecoverable("its group has no parity")
-        stripes, _ = self.known.of_group(manifest, group)
+        stripes, _ = self._known.of_group(manifest, group)
         before = 0
         for extent in manifest.groups[group].members[member].extents:
             cells = cell_count(extent.size_bytes, manifest.cell_bytes)
@@ -135,9 +135,8 @@ class CellDecoder:
         first = stripe.number % max(1, len(found))
         return found[first:] + found[:first]
 
-    def request(self, rank: int, index: int) -> GetDecoded:
-        """What to ask a helper for: all that it must know to decode the cell."""
-        group, stripe, _ = self.stripe_of(rank, index)
+    def request(self, rank: int, index: int, group: int, stripe: Stripe) -> GetDecoded:
+        """What to ask a helper for: all that it must know to decode the cell of this stripe."""
         ranks = {r for r, _ in self._cells_of(group, stripe) if r != rank}
         nodes = [self._group(group).members[member].node for member in stripe.parity]
         source = self._source
@@ -166,7 +165,7 @@ class CellDecoder:
                 batch = sources[: group.data_shards - len(shards)]
                 del sources[: len(batch)]
                 views = [free.pop() for _ in batch]
-                lengths = list(self._reader.pool.map(_read, batch, views))
+                lengths = self._reader.read_all([read for _, read in batch], views)
                 for (shard, _), view, got in zip(batch, views, lengths, strict=True):
                     if isinstance(got, int):
                         shards[shard] = view, got
@@ -199,34 +198,23 @@ class CellDecoder:
         Raises Gone, CorruptData or OSError if not all of the data can be had.
         """
         manifest = self._job()
-        stripes, _ = self.known.of_group(manifest, group)
+        stripes, _ = self._known.of_group(manifest, group)
         if not 0 <= stripe < len(stripes.stripes):
             raise Gone(f"{self._id} has {len(stripes.stripes)} stripes")
         wanted = stripes.stripes[stripe]
         code = manifest.groups[group]
-        with self._reader.buffers.lend(
-            manifest.cell_bytes, code.data_shards + code.parity_shards
-        ) as buffers:
-            data, rows = buffers[: code.data_shards], buffers[code.data_shards :]
-            for (shard, read), view in zip(
-                self._sources(group, wanted, -1)[: code.data_shards], data, strict=True
-            ):
-                got = read(view)
-                if got < len(into):
-                    view[got : len(into)] = bytes(len(into) - got)
-                elif got > len(into):
-                    raise CorruptData(f"shard {shard} of stripe {stripe} is longer than its parity")
-            length = len(into)
-            codec_for(manifest, code).encode(
-                [view[:length] for view in data], [view[:length] for view in rows]
-            )
-            into[:] = rows[row][:length]
+        data = [read for _, read in self._sources(group, wanted, None)[: code.data_shards]]
+        with self._reader.buffers.lend(manifest.cell_bytes, code.parity_shards) as buffers:
+            rows = [buffer[: len(into)] for buffer in buffers]
+            codec = codec_for(manifest, code)
+            encode_cells(self._reader, codec, manifest.cell_bytes, data, rows)
+            into[:] = rows[row]
 
-    def _sources(self, group: int, stripe: Stripe, wanted: int) -> list["_ShardSource"]:
-        """Each other shard of the stripe and how to read it, data first."""
+    def _sources(self, group: int, stripe: Stripe, wanted: int | None) -> list[tuple[int, Read]]:
+        """Each shard of the stripe but the one that is wanted, and how to read it, data first."""
         manifest = self._job()
-        _, places = self.known.of_group(manifest, group)
-        found: list[_ShardSource] = []
+        _, places = self._known.of_group(manifest, group)
+        found: list[tuple[int, Read]] = []
         for shard, (member, cell) in enumerate(stripe.data):
             if shard == wanted:
                 continue
@@ -261,7 +249,7 @@ class CellDecoder:
         return self._job().groups[number]
 
     def _cells_of(self, group: int, stripe: Stripe) -> list[tuple[int, int]]:
-        _, places = self.known.of_group(self._job(), group)
+        _, places = self._known.of_group(self._job(), group)
         return [places[member][cell] for member, cell in stripe.data if cell is not None]
 
 
@@ -277,17 +265,6 @@ def source_when_protected(manifest: JobManifest, cells: dict[str, str]) -> Sourc
     )
 
 
-_ShardSource = tuple[int, Callable[[memoryview], int]]
-"""A shard's number, and what reads it into a buffer and returns its length in bytes."""
-
-
-def _read(source: _ShardSource, into: memoryview) -> int | Exception:
-    try:
-        return source[1](into)
-    except (PeerError, OSError) as error:
-        return error
-
-
 class DecodeService:
     """Answers GetDecoded: decodes cells here for a node that has lost them."""
 
@@ -296,7 +273,7 @@ class DecodeService:
     ) -> None:
         self._reader, self._manifest_of = reader, manifest_of
         self._mutex = threading.Lock()
-        self._known: OrderedDict[SnapshotId, Geometry] = OrderedDict()
+        self._geometries: OrderedDict[SnapshotId, Geometry] = OrderedDict()
         self._room = threading.BoundedSemaphore(_AT_ONCE)
 
     def __call__(self, request: GetDecoded) -> memoryview:
@@ -308,7 +285,7 @@ class DecodeService:
             raise Gone(f"{self._reader.node} decodes as much as it can")
         try:
             source = Source(manifest, request.ranks, {}, request.parity, request.cells)
-            known = self._geometry(request.id)
+            known = self.geometry(request.id)
             decoder = CellDecoder(self._reader, request.id, source, known)
             decoder.stripe_of(request.rank, request.cell)  # there is such a cell
             segment, cell_bytes = decoder.segment(request.rank)
@@ -321,10 +298,11 @@ class DecodeService:
         finally:
             self._room.release()
 
-    def _geometry(self, id: SnapshotId) -> Geometry:
+    def geometry(self, id: SnapshotId) -> Geometry:
+        """Of one snapshot, made once as long as not many others are asked for."""
         with self._mutex:
-            found = self._known.pop(id, None) or Geometry()
-            self._known[id] = found
-            while len(self._known) > _SNAPSHOTS_KNOWN:
-                self._known.popitem(last=False)
+            found = self._geometries.pop(id, None) or Geometry()
+            self._geometries[id] = found
+            while len(self._geometries) > _SNAPSHOTS_KNOWN:
+                self._geometries.popitem(last=False)
             return found

@@ -137,7 +137,7 @@ class SegmentFetch:
         except Unrecoverable as error:
             raise Unrecoverable(f"{what} is not to be had ({why}), and {error}") from error
         if len(stripe.data) > 1:
-            request = self._decoder.request(segment.rank, index)
+            request = self._decoder.request(segment.rank, index, group, stripe)
             want = unpack_one(segment.digests, index)
             helpers = [h for h in self._decoder.helpers(group, stripe) if h not in self._silent]
             for helper in helpers[:_HELPERS_ASKED]:

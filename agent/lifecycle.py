@@ -196,9 +196,11 @@ class Lifecycle:
         self._restoring: dict[str, set[int]] = {}
         """Slot name to the trainers that wait for its segment."""
         self._fetches: dict[str, int] = {}
-        self._fetching: dict[str, Fetching] = {}
-        self._scrubbed = (0, 0)
         """Slot name to the life for which a Fetch into it, or a check of it, is under way."""
+        self._fetching: dict[str, Fetching] = {}
+        """Slot name to how far its Fetch has come."""
+        self._scrubbed = (0, 0)
+        """Cells that scrubbing has found damaged, and mended."""
         self._bereft: set[str] = set()
         """Jobs that have lost a trainer whose slots the next life will claim."""
         self._out: list[ev.Action] = []

@@ -7,14 +7,14 @@ keeps the first, and hands the others to the nodes that keep them. Pulling bound
 
 import math
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
-from ckptd.agent.reader import CellReader
+from ckptd.agent.reader import CellReader, Read
 from ckptd.agent.store import Store
 from ckptd.config import erasure_engine
 from ckptd.digest import cell_count, digest, pack
@@ -52,6 +52,28 @@ def codec_for(manifest: JobManifest, group: Group) -> Codec:
             "install the ckptd version that wrote it"
         )
     return codec
+
+
+def encode_cells(
+    reader: CellReader,
+    codec: Codec,
+    cell_bytes: int,
+    reads: Sequence[Read],
+    rows: Sequence[memoryview],
+) -> None:
+    """Read a stripe's data cells and compute all parity rows, which say how long it is.
+
+    Raises what a read raises, and CorruptData if a cell is longer than the rows.
+    """
+    length = len(rows[0])
+    with reader.buffers.lend(cell_bytes, len(reads)) as buffers:
+        for got, buffer in zip(reader.read_all(reads, buffers), buffers, strict=True):
+            if isinstance(got, Exception):
+                raise got
+            if got > length:
+                raise CorruptData(f"a data cell has {got} bytes, and its parity has {length}")
+            buffer[got:length] = bytes(length - got)
+        codec.encode([buffer[:length] for buffer in buffers], rows)
 
 
 class Stopped(Exception):
@@ -257,16 +279,8 @@ class EncodeRun:
         lengths = [self._cell_length(member, cell) for member, cell in stripe.data]
         length = max(lengths)
         rows = [memoryview(bytearray(length)) for _ in stripe.parity]
-        with self._reader.buffers.lend(self._manifest.cell_bytes, len(stripe.data)) as buffers:
-            reads = [
-                self._reader.pool.submit(self._read, member, cell, buffer)
-                for (member, cell), buffer in zip(stripe.data, buffers, strict=True)
-            ]
-            wait(reads)  # before a failure gives the buffers back
-            for read, buffer in zip(reads, buffers, strict=True):
-                got = read.result()
-                buffer[got:length] = bytes(max(0, length - got))
-            self._codec.encode([buffer[:length] for buffer in buffers], rows)
+        reads = [partial(self._read, member, cell) for member, cell in stripe.data]
+        encode_cells(self._reader, self._codec, self._manifest.cell_bytes, reads, rows)
         return rows
 
     def _read(self, member: int, cell: int | None, into: memoryview) -> int:

@@ -1,8 +1,9 @@
 """Reading cells from wherever they are, verified: from this node's memory or from a peer's."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from ckptd.agent.buffers import Buffers
 from ckptd.agent.cells import Peers
@@ -14,6 +15,9 @@ from ckptd.manifest import NodeManifest, SegmentDigests
 from ckptd.wire import GetCell, GetManifest, GetParity
 
 _READS_AT_ONCE = 16
+
+Read = Callable[[memoryview], int]
+"""Reads a cell into a buffer, and returns its length in bytes."""
 
 
 class CellReader:
@@ -64,12 +68,26 @@ class CellReader:
         if not address:
             with self.store.parity(id) as parity:
                 offset, length, want = parity.cell(group, stripe, row)
-                _read_at(parity.path, offset, into[:length])
+                read_at(parity.path, offset, into[:length])
         else:
             length, want = self.peers.fetch(address, GetParity(id, group, stripe, row), into)
         if digest(into[:length]) != want:
             raise CorruptData(f"parity row {row} of stripe {stripe} of {id} is damaged")
         return length
+
+    def read_all(
+        self, reads: Sequence[Read], buffers: Sequence[memoryview]
+    ) -> list[int | PeerError | OSError]:
+        """Read into one buffer each, at the same time; what each has returned, or why it failed.
+
+        All have ended then, so that the buffers can be given back.
+        """
+        found: list[int | PeerError | OSError] = []
+        for got in list(self.pool.map(_attempt, reads, buffers)):
+            if isinstance(got, Exception) and not isinstance(got, PeerError | OSError):
+                raise got
+            found.append(got)
+        return found
 
     def node_manifest(self, id: SnapshotId, node: str, addresses: Sequence[str]) -> NodeManifest:
         """The node manifest of `node`, from here or from the first address that has it."""
@@ -92,10 +110,17 @@ class CellReader:
             offset, length = cell_span(index, sidecar.size_bytes, sidecar.cell_bytes)
             if length > len(into):
                 raise ProtocolError(f"rank {rank} of {id} has another size here")
-            return _read_at(path, offset, into[:length])
+            return read_at(path, offset, into[:length])
 
 
-def _read_at(path: os.PathLike[str], offset: int, into: memoryview) -> int:
+def _attempt(read: Read, into: memoryview) -> Any:
+    try:
+        return read(into)
+    except Exception as error:
+        return error
+
+
+def read_at(path: os.PathLike[str], offset: int, into: memoryview) -> int:
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         return file.readinto(into) or 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import monotonic
 
 from ckptd.agent.decode import CellDecoder
-from ckptd.agent.reader import CellReader
+from ckptd.agent.reader import CellReader, read_at
 from ckptd.agent.store import Parity
 from ckptd.digest import cell_count, cell_span, digest, unpack_one
 from ckptd.errors import Gone, PeerError
@@ -59,7 +59,7 @@ class Scrubber:
         self._reader, self._bytes_per_s = reader, bytes_per_s
         self._decoder_of, self._found, self._at_rest_s = decoder_of, found, at_rest_s
         self._seen: dict[SnapshotId, float] = {}
-        self._hopeless: set[tuple[SnapshotId, str]] = set()
+        self._hopeless: set[tuple[SnapshotId, str, bool]] = set()
         self._stop = threading.Event()
         self._parity_cells = 0
         self._rested_at = 0
@@ -137,8 +137,10 @@ class Scrubber:
                 self._mend(id, what, parity.path, offset, view, restore)
                 return
             self._parity_cells += 1
+            if self._parity_cells % _ENCODED_ANEW_EVERY:
+                return
             decoder = self._decoder_of(id)
-            if self._parity_cells % _ENCODED_ANEW_EVERY or decoder is None:
+            if decoder is None:
                 return
             try:
                 decoder.encode(group, stripe, row, anew)
@@ -160,9 +162,7 @@ class Scrubber:
         self._rested_at = self.stats.checked_bytes
 
     def _is_right(self, path: Path, offset: int, want: int, into: memoryview) -> bool:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            got = file.readinto(into) or 0
+        got = read_at(path, offset, into)
         self._count(checked=len(into))
         return got == len(into) and digest(into) == want
 
@@ -176,7 +176,7 @@ class Scrubber:
         restore: Callable[[CellDecoder, memoryview], None],
     ) -> None:
         decoder = self._decoder_of(id)
-        hopeless = (id, f"{what}, {decoder is None}")  # its peers may become known
+        hopeless = (id, what, decoder is None)  # its peers may become known
         if hopeless in self._hopeless:
             return
         self._count(damaged=1)

@@ -79,6 +79,7 @@ class Agent:
         self._reader = CellReader(config.node, self._store, self._peers)
         self._runs: dict[SnapshotId, EncodeRun] = {}
         self._peer_cells: dict[str, str] = {}
+        self._decode_service = DecodeService(self._reader, self._manifest_of)
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="ckptd-work")
         self._local: dict[int, LocalConnection] = {}
         self._next_conn = 1
@@ -121,7 +122,7 @@ class Agent:
             # With a key that nobody else has, it serves nobody.
             ClusterKey(secrets.token_bytes(32)) if self._config.alone else self._key,
             self._encoded_row,
-            DecodeService(self._reader, self._manifest_of),
+            self._decode_service,
         )
         identity = Identity(
             node=self._config.node,
@@ -468,7 +469,7 @@ class Agent:
         if manifest is None:
             return None
         source = source_when_protected(manifest, dict(self._peer_cells))
-        return CellDecoder(self._reader, id, source)
+        return CellDecoder(self._reader, id, source, self._decode_service.geometry(id))
 
     def _scrubbed(self, stats: ScrubStats, text: str) -> None:
         log.warning("scrubbing", found=text)

@@ -203,7 +203,7 @@ def _raw_isal(
     targets: Sequence[memoryview],
 ) -> Callable[[], object]:
     """ISA-L alone: one call, with tables and addresses made beforehand."""
-    tables = ctypes.create_string_buffer(32 * len(matrix))
+    tables = ctypes.create_string_buffer(isal.TABLE_BYTES * len(matrix))
     library.init_tables(len(sources), len(targets), matrix, tables)
     from_, to = (
         (ctypes.c_void_p * len(views))(*(isal.address_of(view) for view in views))

@@ -50,9 +50,7 @@ class Node:
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name = name
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.ready = self._read(Ready)
 
     def tell(self, request: Command) -> None:
@@ -162,10 +160,11 @@ class Town:
 
 @contextmanager
 def _town(
-    data: int, parity: int, image_bytes: int, cell_bytes: int, bytes_per_s: float | None
+    data: int, parity: int, image: int, cell_size: int, rate: float, loopback: bool
 ) -> Iterator[Town]:
-    """`bytes_per_s`: of each link, in network namespaces; None for loopback."""
+    """Nodes as the flags want them: over links of a rate in bytes per second, or over loopback."""
     count = data + parity + 1
+    bytes_per_s = _link_rate(loopback, rate)
     with ExitStack() as stack:
         root = Path(tempfile.mkdtemp(prefix="ckptd-bench-", dir=_MEMORY))
         stack.callback(shutil.rmtree, root, ignore_errors=True)
@@ -181,7 +180,7 @@ def _town(
             nodes.append(Node(name, [*before, *command]))
             stack.callback(nodes[-1].close)
         link = Link("loopback" if network is None else "namespaces", bytes_per_s)
-        yield Town(data, parity, image_bytes, cell_bytes, link, nodes)
+        yield Town(data, parity, image, cell_size, link, nodes)
 
 
 def _link_rate(loopback: bool, rate: float) -> float | None:
@@ -228,16 +227,14 @@ def _flags(*flags: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @click.command(cls=options.Command)
 @_flags(_image, _cell_size, _rate, _loopback, _repeats, options.as_json)
-def network(
-    image: int, cell_size: int, rate: float, loopback: bool, repeats: int, as_json: bool
-) -> None:
+def network(repeats: int, as_json: bool, **town_flags: Any) -> None:
     """Cells from one node to another, beside plain sockets.
 
     The cells go the way that they go between agents: over authenticated connections, from tmpfs by
     sendfile, digests verified. The plain sockets carry as many bytes, from tmpfs by sendfile, too.
     """
     samples: dict[tuple[str, int], list[float]] = {}
-    with _town(1, 1, image, cell_size, _link_rate(loopback, rate)) as town:
+    with _town(1, 1, **town_flags) as town:
         size = town.sizes[0]
         for _ in range(repeats):
             for connections in (1, _CONNECTIONS):
@@ -265,22 +262,14 @@ def network(
 
 @click.command(cls=options.Command)
 @_flags(_code, _image, _cell_size, _rate, _loopback, _repeats, options.as_json)
-def protect(
-    code: str,
-    image: int,
-    cell_size: int,
-    rate: float,
-    loopback: bool,
-    repeats: int,
-    as_json: bool,
-) -> None:
+def protect(code: str, repeats: int, as_json: bool, **town_flags: Any) -> None:
     """Parity for one snapshot on a group of nodes, from sealed to stored.
 
-    Every node must send and receive (k+m-1)/k of an image; what the links need for that is the
-    limit.
+    All nodes are measured. Every one must send and receive (k+m-1)/k of an image; what the
+    links need for that is the limit.
     """
     data, parity = options.parse_code(code)
-    with _town(data, parity, image, cell_size, _link_rate(loopback, rate)) as town:
+    with _town(data, parity, **town_flags) as town:
         runs = [town.protect() for _ in range(repeats + 1)][1:]
         link, image_bytes = town.link, town.image_bytes
         least = (data + parity - 1) / data * image_bytes
@@ -289,21 +278,13 @@ def protect(
 
 @click.command(cls=options.Command)
 @_flags(_code, _image, _cell_size, _rate, _loopback, _repeats, options.as_json)
-def rebuild(
-    code: str,
-    image: int,
-    cell_size: int,
-    rate: float,
-    loopback: bool,
-    repeats: int,
-    as_json: bool,
-) -> None:
+def rebuild(code: str, repeats: int, as_json: bool, **town_flags: Any) -> None:
     """The image of a lost node, brought to a node that holds nothing.
 
-    The limit is what its link needs for one image.
+    That node is the one that is measured. The limit is what its link needs for one image.
     """
     data, parity = options.parse_code(code)
-    with _town(data, parity, image, cell_size, _link_rate(loopback, rate)) as town:
+    with _town(data, parity, **town_flags) as town:
         town.protect()
         count = len(town.members)
         runs = [[town.rebuild(lost % count)] for lost in range(repeats + 1)][1:]
@@ -365,8 +346,8 @@ def _report(result: dict[str, Any], as_json: bool, link: Link) -> None:
         "ratio": "ratio",
         "sent_ratio": "sent by a node, to the least possible",
         "received_ratio": "received, to one image",
-        "cpu_s": "processor seconds, all nodes",
-        "own_bytes": "memory beside slots, a node",
+        "cpu_s": "processor seconds of the nodes that are measured",
+        "own_bytes": "memory beside slots, the most of a node",
     }
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     for name, label in names.items():

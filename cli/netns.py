@@ -6,9 +6,9 @@ import shutil
 import subprocess
 from types import TracebackType
 
+from ckptd.agent.bench import DEVICE
 from ckptd.errors import ConfigError
 
-DEVICE = "eth0"
 _QUEUE_MS = 50
 _BURST_S = 0.01
 _BURST_MIN_BYTES = 64 << 10

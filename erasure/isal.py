@@ -31,7 +31,7 @@ _BUNDLED_NAMES = "libisal*.so*"
 _CALL_BYTES = 1 << 30
 """ISA-L counts bytes of a buffer in a C int. Up to there, one call is faster than several."""
 
-_TABLE_BYTES = 32
+TABLE_BYTES = 32
 """Of each coefficient's table, as ISA-L's documentation of `ec_init_tables` gives it."""
 
 _TABLES_KEPT = 64
@@ -159,7 +159,7 @@ class IsalCodec:
 
     def _make_tables(self, given: tuple[int, ...], wanted: tuple[int, ...]) -> Any:
         """ISA-L's form of the coefficients: opaque, and good for this library and machine only."""
-        tables = ctypes.create_string_buffer(_TABLE_BYTES * len(given) * len(wanted))
+        tables = ctypes.create_string_buffer(TABLE_BYTES * len(given) * len(wanted))
         self._library.init_tables(len(given), len(wanted), coefficients(given, wanted), tables)
         return tables
 
