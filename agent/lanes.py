@@ -15,7 +15,7 @@ from ckptd.agent.cells import Peers, Pipeline
 from ckptd.errors import Gone, PeerError
 from ckptd.wire import PeerRequest
 
-ASKED_AT_ONCE = 2
+_ASKED_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,11 @@ class Lane:
     def _pump(self, pipe: Pipeline) -> None:
         for wanted in self._asked:
             pipe.ask(wanted.request)
-        while self._asked and not self._stop.is_set():
-            while len(self._asked) < ASKED_AT_ONCE and self._next(wait=False):
+        while not self._stop.is_set():
+            while len(self._asked) < _ASKED_AT_ONCE and self._next(wait=not self._asked):
                 pipe.ask(self._asked[-1].request)
+            if not self._asked:
+                return
             wanted = self._asked[0]
             try:
                 right = wanted.take(*pipe.answer(wanted.into))
@@ -77,10 +79,6 @@ class Lane:
             self._asked.popleft()
             if not right:
                 wanted.otherwise()
-            if not self._asked:
-                self._next(wait=True)
-                for wanted in self._asked:
-                    pipe.ask(wanted.request)
 
     def _next(self, wait: bool) -> bool:
         """Move one from the queue to what is to be asked for; whether there was one."""

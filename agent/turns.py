@@ -21,6 +21,11 @@ class Turns:
         self._numbers = itertools.count()
         self._waiting: list[tuple[int, int, threading.Event]] = []
 
+    @property
+    def waiting(self) -> int:
+        """How many threads wait for their turn."""
+        return len(self._waiting)
+
     @contextmanager
     def one(self, order: int) -> Iterator[None]:
         """A turn; to be held only while bytes move."""

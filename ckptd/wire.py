@@ -542,7 +542,7 @@ AgentToLauncher = Here | Work | Rejected
 
 
 class GetCell(Message, frozen=True):
-    """Cell `cell` of the segment of `rank`. Of many requests, those of the lowest order go first."""
+    """Cell `cell` of the segment of `rank`. Of many requests, the lowest order goes first."""
 
     id: SnapshotId
     rank: Count
