@@ -52,7 +52,7 @@ class Restarts(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
 
 class Incident(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Something that stopped or slowed a job. Times in seconds; the four parts as C4 counts them."""
+    """Something that stopped or slowed a job. Times in seconds; its four parts as C4 counts."""
 
     number: Count
     job: JobId
