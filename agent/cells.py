@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 import msgspec
 
 from ckptd.agent.store import Store
-from ckptd.agent.turns import Turns
+from ckptd.agent.turns import Pace, Turns
 from ckptd.digest import cell_span, digest, unpack_one
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.keys import NONCE_BYTES, ClusterKey
@@ -69,6 +69,7 @@ class CellServer:
         key: ClusterKey,
         rows: EncodedRow,
         decoded: DecodedCell,
+        send_bytes_per_s: float | None = None,
     ) -> None:
         self._node, self._store, self._key = node, store, key
         self._rows, self._decoded = rows, decoded
@@ -76,7 +77,7 @@ class CellServer:
         self._listener = socket.create_server((host, port), backlog=128)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         self._room = threading.BoundedSemaphore(_CONNECTIONS_LIMIT)
-        self._turns = Turns(_SENT_AT_ONCE)
+        self._turns, self._pace = Turns(_SENT_AT_ONCE), Pace(send_bytes_per_s)
         self.bad_frames = 0
         self._closed = False
         threading.Thread(target=self._accept, name="ckptd-cells", daemon=True).start()
@@ -188,13 +189,14 @@ class CellServer:
             with self._turns.one(order):
                 while sent < end and not stalled:
                     try:
-                        moved = send(sent, end)
+                        moved = send(sent, sent + self._pace.most_bytes(end - sent))
                     except BlockingIOError:
                         stalled = not writable.poll(_STALL_S * 1000)
                         continue
                     if not moved:
                         raise ConnectionResetError("the file is shorter than its manifest says")
                     sent += moved
+                    self._pace.spend(moved)
             # A peer that takes nothing must not keep others from their turn.
             if stalled and not writable.poll(PEER_TIMEOUT_S * 1000):
                 raise TimeoutError("the peer does not take the bytes")

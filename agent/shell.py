@@ -123,6 +123,7 @@ class Agent:
             ClusterKey(secrets.token_bytes(32)) if self._config.alone else self._key,
             self._encoded_row,
             self._decode_service,
+            self._config.send_bytes_per_s,
         )
         identity = Identity(
             node=self._config.node,

@@ -1,10 +1,13 @@
-"""Whose bytes go next, where many peers want some from one node."""
+"""Whose bytes go next, where many peers want some from one node, and how fast they may go."""
 
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_SLICE_S = 0.02
 
 
 class Turns:
@@ -46,3 +49,31 @@ class Turns:
                     heapq.heappop(self._waiting)[2].set()
                 else:
                     self._free += 1
+
+
+class Pace:
+    """Lets bytes go no faster than `bytes_per_s`, all threads together; None: as fast as they can.
+
+    A token bucket that holds nothing: what was not used is lost, so that there are no bursts.
+    """
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._mutex = threading.Lock()
+        self._free_at = 0.0
+
+    def most_bytes(self, wanted: int) -> int:
+        """So much of `wanted` at a time, that others need not wait long."""
+        if self._bytes_per_s is None:
+            return wanted
+        return max(1, min(wanted, int(self._bytes_per_s * _SLICE_S)))
+
+    def spend(self, size_bytes: int) -> None:
+        """`size_bytes` have gone: wait until more may."""
+        if self._bytes_per_s is None:
+            return
+        with self._mutex:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + size_bytes / self._bytes_per_s
+            wait_s = self._free_at - now
+        time.sleep(wait_s)

@@ -73,6 +73,11 @@ def _default_socket() -> str:
     show_default=True,
     help="Bytes per second of cells at rest that are verified in idle time, and mended; 0: none.",
 )
+@click.option(
+    "--send-rate",
+    type=options.Rate(),
+    help="Send cells to other agents no faster, as 10Gbit/s: leaves the network to the training.",
+)
 @options.key_file
 @options.log_options
 def command(
@@ -87,6 +92,7 @@ def command(
     spare: bool,
     wipe_on_exit: bool,
     scrub_rate: int,
+    send_rate: float | None,
     key_file: Path | None,
     log_level: str,
     log_json: bool,
@@ -113,6 +119,7 @@ def command(
             key_file=key_file,
             wipe_on_exit=wipe_on_exit,
             scrub_bytes_per_s=scrub_rate,
+            send_bytes_per_s=send_rate,
         )
     )
 

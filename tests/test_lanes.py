@@ -13,7 +13,7 @@ import pytest
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.lanes import Lane, Wanted
 from ckptd.agent.store import Store
-from ckptd.agent.turns import Turns
+from ckptd.agent.turns import Pace, Turns
 from ckptd.cli.local_cluster import wait_until
 from ckptd.digest import digest
 from ckptd.errors import Gone
@@ -158,6 +158,24 @@ def test_the_lowest_order_has_the_next_turn() -> None:
     assert went == [1, 1, 3, 5]
     with turns.one(0):
         pass
+
+
+def test_a_pace_is_kept_by_all_threads_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("ckptd.agent.turns.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ckptd.agent.turns.time.sleep", sleep)
+    pace = Pace(1000.0)
+    assert pace.most_bytes(1 << 20) == 20
+    pace.spend(20)
+    pace.spend(20)  # another thread, at the same moment
+    now[0] += 10.0
+    pace.spend(20)
+    assert slept == pytest.approx([0.02, 0.04, 0.02])
+    assert Pace(None).most_bytes(1 << 20) == 1 << 20
 
 
 def test_peers_that_take_nothing_do_not_keep_others_from_their_turn(serving: Serving) -> None:
