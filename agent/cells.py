@@ -30,6 +30,7 @@ from ckptd.wire import (
     GetEncoded,
     GetManifest,
     GetParity,
+    GetRecoded,
     Message,
     NotHere,
     Payload,
@@ -49,7 +50,7 @@ _ACCEPT_RETRY_S = 0.1
 _SILENCE_S = 10.0
 
 EncodedRow = Callable[[GetEncoded], bytes | memoryview]
-DecodedCell = Callable[[GetDecoded], bytes | memoryview]
+DecodedCell = Callable[[GetDecoded | GetRecoded], bytes | memoryview]
 
 
 class CellServer:
@@ -127,7 +128,7 @@ class CellServer:
                     self._send_parity(conn, request)
                 case GetEncoded():
                     self._send_bytes(conn, self._rows(request))
-                case GetDecoded():
+                case GetDecoded() | GetRecoded():
                     self._send_bytes(conn, self._decoded(request))
                 case GetManifest():
                     self._send_bytes(conn, msgspec.msgpack.encode(self._manifest(request)))

@@ -430,7 +430,7 @@ class Agent:
         self._peer_cells = action.cells
         running = self._runs.get(id)
         if running is not None:
-            running.update(action.cells)
+            running.update(action.manifest, action.cells)
             return
         path = None if action.serve_only else self._store.path(action.name)
 
