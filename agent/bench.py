@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -65,11 +66,11 @@ class Prepare(Request, frozen=True):
 
 
 class Encode(Request, frozen=True):
-    """Protect the snapshot, together with the other nodes; `again`: these have protected it."""
+    """Protect the snapshot, together with the others; or, with `ranks`, as `Protect`, again."""
 
     manifest: JobManifest
     cells: dict[str, str]
-    again: bool = False
+    ranks: dict[int, tuple[str, ...]] = {}
 
 
 class Fetch(Request, frozen=True):
@@ -220,7 +221,7 @@ class BenchNode:
         outcomes: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._store.keep_manifest(request.manifest)
         path = self._store.path(_PARITY)
-        self._run = (RecodeRun if request.again else EncodeRun)(
+        self._run = (partial(RecodeRun, request.ranks) if request.ranks else EncodeRun)(
             request.manifest,
             self._name,
             request.cells,

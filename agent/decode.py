@@ -145,10 +145,9 @@ class CellDecoder:
 
     def recoders(self, group: int, stripe: Stripe) -> list[str]:
         """Addresses of those who hold a data cell of the stripe; each turn begins with another."""
-        members = self._group(group).members
-        givers = [members[member].node for member, cell in stripe.data if cell is not None]
-        found = self.addresses(givers)
-        first = stripe.number // len(members) % max(1, len(found))
+        found = [h for rank, _ in self._cells_of(group, stripe) for h in self.holders(rank)[:1]]
+        turn = stripe.number // len(self._group(group).members)
+        first = turn % max(1, len(found))
         return found[first:] + found[:first]
 
     def row_request(self, group: int, stripe: Stripe, row: int) -> GetRecoded:

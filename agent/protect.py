@@ -139,8 +139,13 @@ class EncodeRun:
         with self._change:
             self._change.notify_all()
 
-    def update(self, manifest: JobManifest, cells: dict[str, str]) -> None:
-        """Peers have other addresses now, or others have taken the places of lost ones."""
+    def update(
+        self, manifest: JobManifest, cells: dict[str, str], ranks: dict[int, tuple[str, ...]]
+    ) -> None:
+        """Peers have other addresses now, or others have taken the places of lost ones.
+
+        `ranks` is for those who need to know who holds which.
+        """
         self._manifest, self._group = manifest, manifest.groups[self._group_index]
         self._cells = cells
 
@@ -310,9 +315,13 @@ class EncodeRun:
             self._segment(member, rank),
             index,
             self._manifest.cell_bytes,
-            self._addresses(self._group.members[member].node),
+            self._holders(member, rank),
             into,
         )
+
+    def _holders(self, member: int, rank: int) -> list[str]:
+        """Addresses of those who hold a segment of the member's, beside this node."""
+        return self._addresses(self._group.members[member].node)
 
     def _collect_rows(self) -> None:
         wanted = [place for place in self._index if place[1] > 0]

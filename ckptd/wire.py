@@ -451,13 +451,13 @@ class Undivide(Message, frozen=True):
 class Protect(Message, frozen=True):
     """Every rank has sealed: encode. `cells` gives each node's cell server.
 
-    `again`: most of the group has its parity. A node that has not gets each row from a node that
-    holds data of the stripe, instead of pulling the data itself.
+    `ranks`, if any: most of the group has its parity. A node that has not gets each row from one
+    that holds data of the stripe, instead of pulling the data itself; they are as in `Source`.
     """
 
     manifest: JobManifest
-    cells: dict[str, str]
-    again: bool = False
+    cells: dict[NodeId, str]
+    ranks: dict[int, tuple[NodeId, ...]] = {}
 
 
 class Commit(Message, frozen=True):

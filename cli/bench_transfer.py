@@ -149,8 +149,8 @@ class Town:
             {name: self.cells[name] for name in there},
         )
         image = self.newcomer.do(node_side.Fetch(self.id, lost, source))
-        cells = {**source.cells, self.newcomer.name: self.newcomer.ready.cells}
-        return image, self.newcomer.do(node_side.Encode(manifest, cells, again=True))
+        ranks = {**source.ranks, lost: (self.newcomer.name,)}
+        return image, self.newcomer.do(node_side.Encode(manifest, source.cells, ranks))
 
     def plain(self, size_bytes: int, connections: int) -> Answer:
         """The same bytes over plain sockets, from one member to the newcomer: the limit."""

@@ -8,9 +8,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -55,8 +55,6 @@ CELL_BYTES = 4096
 DEADLINE_S = 60.0
 ID = SnapshotId("job", 2, 40)
 KEY = ClusterKey(bytes(range(32)))
-
-Run = TypeVar("Run", bound=EncodeRun)
 
 
 def segment_of(rank: int, world_size: int, rng: random.Random) -> bytes:
@@ -153,13 +151,13 @@ class Cluster:
         self,
         node: Node,
         addresses: dict[str, str] | None = None,
-        kind: type[Run] = EncodeRun,  # type: ignore[assignment]
-    ) -> Run:
+        kind: Callable[..., EncodeRun] = EncodeRun,
+    ) -> EncodeRun:
         number = self.nodes.index(node)
         held = len(self.manifest.stripe_map(0).parity_of(number))
         node.store.keep_manifest(self.manifest)
         node.job_manifest = self.manifest
-        node.run = run = kind(
+        node.run = kind(
             self.manifest,
             node.name,
             self.addresses if addresses is None else addresses,
@@ -169,8 +167,8 @@ class Cluster:
             held * CELL_BYTES,
             lambda reason: self.outcomes.put((node.name, reason)),
         )
-        run.start()
-        return run
+        node.run.start()
+        return node.run
 
     def wait_encoded(self, count: int) -> None:
         for _ in range(count):
@@ -448,8 +446,10 @@ class TestProtectedAgain:
         cluster.addresses = {node.name: node.address for node in cluster.nodes if node not in gone}
         return newcomer
 
-    def recode(self, cluster: Cluster, node: Node) -> RecodeRun:
-        return cluster.encode(node, kind=RecodeRun)
+    def recode(
+        self, cluster: Cluster, node: Node, addresses: dict[str, str] | None = None
+    ) -> EncodeRun:
+        return cluster.encode(node, addresses, partial(RecodeRun, cluster.source().ranks))
 
     def parity_of(self, node: Node) -> tuple[bytes, ParitySidecar]:
         with node.store.parity(ID) as parity:
@@ -563,7 +563,7 @@ class TestProtectedAgain:
         wait_for(lambda: any(isinstance(r, GetRecoded) for r in cluster.nodes[2].decoded))
         assert cluster.outcomes.empty()
         flip(other.segment(rank), CELL_BYTES // 2)
-        run.update(cluster.manifest, cluster.addresses)
+        run.update(cluster.manifest, cluster.addresses, {})
         cluster.wait_encoded(1)
         assert self.parity_of(newcomer) == before
 
@@ -574,7 +574,7 @@ class TestProtectedAgain:
         self.lose(cluster, lost)
         newcomer = self.take_place(cluster, lost, "z")
         helper = cluster.nodes[1]
-        run = cluster.encode(newcomer, {newcomer.name: newcomer.address}, kind=RecodeRun)
+        run = self.recode(cluster, newcomer, {newcomer.name: newcomer.address})
         run.stop()
         assert cluster.outcomes.get(timeout=DEADLINE_S) == (newcomer.name, "")
         with pytest.raises(Gone, match="no parity"), newcomer.store.parity(ID):
@@ -606,7 +606,7 @@ class TestProtectedAgain:
         cluster.addresses = {node.name: node.address for node in cluster.nodes}
         for node in cluster.nodes[:3]:
             assert node.run is not None
-            node.run.update(cluster.manifest, cluster.addresses)
+            node.run.update(cluster.manifest, cluster.addresses, {})
         self.recode(cluster, newcomer)
         cluster.wait_encoded(4)
         assert cluster.source().parity == ("a", "b", "c", "z")
@@ -815,7 +815,7 @@ class TestProtecting:
         assert cluster.outcomes.empty()
         cluster.encode(late)
         for run in runs:
-            run.update(cluster.manifest, cluster.addresses)
+            run.update(cluster.manifest, cluster.addresses, {})
         cluster.wait_encoded(3)
 
     def test_stop_ends_the_threads(self, build: Build) -> None:
