@@ -31,6 +31,7 @@ from ckptd.wire import (
     GetEncoded,
     GetManifest,
     GetParity,
+    GetRecoded,
     Message,
     NotHere,
     Payload,
@@ -54,7 +55,7 @@ _UNSENT_BYTES = 256 << 10
 _STALL_S = 0.2
 
 EncodedRow = Callable[[GetEncoded], bytes | memoryview]
-DecodedCell = Callable[[GetDecoded], bytes | memoryview]
+DecodedCell = Callable[[GetDecoded | GetRecoded], bytes | memoryview]
 
 
 class CellServer:
@@ -134,7 +135,7 @@ class CellServer:
                     self._send_parity(conn, request)
                 case GetEncoded():
                     self._send_bytes(conn, self._rows(request), request.stripe)
-                case GetDecoded():
+                case GetDecoded() | GetRecoded():
                     self._send_bytes(conn, self._decoded(request))
                 case GetManifest():
                     self._send_bytes(conn, msgspec.msgpack.encode(self._manifest(request)))

@@ -12,7 +12,7 @@ from ckptd.erasure import CodecError, Stripe, StripeMap
 from ckptd.errors import CorruptData, Gone, PeerError, Unrecoverable
 from ckptd.ids import SnapshotId
 from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
-from ckptd.wire import GetDecoded, Source
+from ckptd.wire import GetDecoded, GetRecoded, Source
 
 _AT_ONCE = 2  # each needs as much memory as a stripe's data
 _ROOM_WAIT_S = 15.0
@@ -66,20 +66,17 @@ class CellDecoder:
             group, member = job.group_of(rank)
             members = job.groups[group].members
             keepers = self.addresses([m.node for m in members])
-            askable.append((members[member].node, keepers))
+            askable.append((members[member].origin, keepers))
         failure: Exception = Gone(f"nobody knows the digests of rank {rank} of {self._id}")
         for node, addresses in askable:
             try:
                 with self._known.mutex:
                     manifest = self._known.manifests.get(node)
-                if manifest is None:
-                    manifest = self._reader.node_manifest(self._id, node, addresses)
+                if manifest is None or all(each.rank != rank for each in manifest.segments):
+                    manifest = self._reader.node_manifest(self._id, node, addresses, rank)
                     with self._known.mutex:
                         self._known.manifests[node] = manifest
                 segment = manifest.segment(rank)
-            except KeyError:
-                failure = Gone(f"{node} has no rank {rank} of {self._id}")
-                continue
             except (PeerError, OSError) as error:
                 failure = error
                 continue
@@ -145,6 +142,39 @@ class CellDecoder:
         named = {*parity, *(node for held in where.values() for node in held)}
         cells = {node: source.cells[node] for node in sorted(named) if node in source.cells}
         return GetDecoded(self._id, rank, index, where, parity, cells)
+
+    def recoders(self, group: int, stripe: Stripe) -> list[str]:
+        """Addresses of those who hold a data cell of the stripe; each turn begins with another."""
+        found = [h for rank, _ in self._cells_of(group, stripe) for h in self.holders(rank)[:1]]
+        turn = stripe.number // len(self._group(group).members)
+        first = turn % max(1, len(found))
+        return found[first:] + found[:first]
+
+    def row_request(self, group: int, stripe: Stripe, row: int) -> GetRecoded:
+        """What to ask one of them for."""
+        source = self._source
+        ranks = sorted({rank for rank, _ in self._cells_of(group, stripe)})
+        where = {rank: source.ranks[rank] for rank in ranks if rank in source.ranks}
+        named = sorted({node for held in where.values() for node in held})
+        cells = {node: source.cells[node] for node in named if node in source.cells}
+        return GetRecoded(self._id, group, stripe.number, row, where, cells)
+
+    def row_length(self, group: int, stripe: int, row: int) -> int:
+        """Bytes in a parity row: those of its stripe's longest data cell.
+
+        Raises Gone if there is no such row.
+        """
+        manifest = self._job()
+        missing = Gone(f"{self._id} has no row {row} of stripe {stripe} of group {group}")
+        if group >= len(manifest.groups) or row >= manifest.groups[group].parity_shards:
+            raise missing
+        stripes, _ = self._known.of_group(manifest, group)
+        if stripe >= len(stripes.stripes) or stripes.stripes[stripe].is_void:
+            raise missing
+        extents = (e for member in manifest.groups[group].members for e in member.extents)
+        sizes = {extent.rank: extent.size_bytes for extent in extents}
+        cells = self._cells_of(group, stripes.stripes[stripe])
+        return max(cell_span(index, sizes[rank], manifest.cell_bytes)[1] for rank, index in cells)
 
     def decode(self, segment: SegmentDigests, index: int, into: memoryview, why: str = "") -> None:
         """Decode one data cell from the other cells of its stripe, whichever can be had.
@@ -266,7 +296,7 @@ def source_when_protected(manifest: JobManifest, cells: dict[str, str]) -> Sourc
 
 
 class DecodeService:
-    """Answers GetDecoded: decodes cells here for a node that has lost them."""
+    """Answers GetDecoded and GetRecoded: makes cells here for a node that has lost them."""
 
     def __init__(
         self, reader: CellReader, manifest_of: Callable[[SnapshotId], JobManifest | None]
@@ -276,7 +306,7 @@ class DecodeService:
         self._geometries: OrderedDict[SnapshotId, Geometry] = OrderedDict()
         self._room = threading.BoundedSemaphore(_AT_ONCE)
 
-    def __call__(self, request: GetDecoded) -> memoryview:
+    def __call__(self, request: GetDecoded | GetRecoded) -> memoryview:
         """The cell. Raises Gone, CorruptData or Unrecoverable."""
         manifest = self._manifest_of(request.id)
         if manifest is None:
@@ -284,15 +314,13 @@ class DecodeService:
         if not self._room.acquire(timeout=_ROOM_WAIT_S):
             raise Gone(f"{self._reader.node} decodes as much as it can")
         try:
-            source = Source(manifest, request.ranks, {}, request.parity, request.cells)
+            parity = request.parity if isinstance(request, GetDecoded) else ()
+            source = Source(manifest, request.ranks, {}, parity, request.cells)
             known = self.geometry(request.id)
             decoder = CellDecoder(self._reader, request.id, source, known)
-            decoder.stripe_of(request.rank, request.cell)  # there is such a cell
-            segment, cell_bytes = decoder.segment(request.rank)
-            _, length = cell_span(request.cell, segment.size_bytes, cell_bytes)
-            into = memoryview(bytearray(length))
-            decoder.decode(segment, request.cell, into)
-            return into
+            if isinstance(request, GetDecoded):
+                return _decoded(decoder, request)
+            return _recoded(decoder, request)
         except OSError as error:
             raise Gone(f"{self._reader.node} cannot decode it: {error}") from error
         finally:
@@ -306,3 +334,18 @@ class DecodeService:
             while len(self._geometries) > _SNAPSHOTS_KNOWN:
                 self._geometries.popitem(last=False)
             return found
+
+
+def _decoded(decoder: CellDecoder, request: GetDecoded) -> memoryview:
+    decoder.stripe_of(request.rank, request.cell)  # there is such a cell
+    segment, cell_bytes = decoder.segment(request.rank)
+    _, length = cell_span(request.cell, segment.size_bytes, cell_bytes)
+    into = memoryview(bytearray(length))
+    decoder.decode(segment, request.cell, into)
+    return into
+
+
+def _recoded(decoder: CellDecoder, request: GetRecoded) -> memoryview:
+    into = memoryview(bytearray(decoder.row_length(request.group, request.stripe, request.row)))
+    decoder.encode(request.group, request.stripe, request.row, into)
+    return into

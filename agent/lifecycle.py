@@ -47,6 +47,7 @@ from ckptd.wire import (
     RankLeft,
     RankReport,
     RankState,
+    Recoding,
     Record,
     Rejected,
     Restore,
@@ -199,6 +200,8 @@ class Lifecycle:
         """Slot name to the life for which a Fetch into it, or a check of it, is under way."""
         self._fetching: dict[str, Fetching] = {}
         """Slot name to how far its Fetch has come."""
+        self._recoding: dict[SnapshotId, Recoding] = {}
+        """How far parity has come that is made anew."""
         self._scrubbed = (0, 0)
         """Cells that scrubbing has found damaged, and mended."""
         self._bereft: set[str] = set()
@@ -256,6 +259,8 @@ class Lifecycle:
             case ev.Scrubbed():
                 self._scrubbed = (event.damaged_cells, event.mended_cells)
                 self._problem(event.text)
+            case ev.RecodeMoved():
+                self._recode_moved(event)
             case ev.FetchMoved():
                 self._fetch_moved(event)
             case ev.Fetched():
@@ -277,6 +282,7 @@ class Lifecycle:
                         tuple(self.problems),
                         tuple(self._fetching.values()),
                         *self._scrubbed,
+                        tuple(self._recoding.values()),
                     )
                 )
         if now >= self._waiting_at:
@@ -446,13 +452,15 @@ class Lifecycle:
         if place is None or not manifest.groups[place[0]].parity_shards:
             return
         id = manifest.id
+        known = self.manifests.get(id)
+        if known is not None and known.edition > manifest.edition:
+            self._report(Holds(self._holding(id)))  # so that the coordinator learns of it
+            return
         extents = manifest.groups[place[0]].members[place[1]].extents
-        if not set(extents) <= set(self._extents(id)):
+        if not message.ranks and not set(extents) <= set(self._extents(id)):
             self._fail(id, "dropped", f"{self.identity.node} no longer holds its segments")
             return
         self._keep_manifest(manifest)
-        if not manifest.groups[place[0]].parity_shards:
-            return
         mine = next(
             (
                 s
@@ -474,7 +482,9 @@ class Lifecycle:
             mine = self._parity_slot(id, size_bytes)
             if mine is None:
                 return
-        self._do(ev.Encode(manifest, message.cells, mine.name, mine.size_bytes))
+        self._do(
+            ev.Encode(manifest, message.cells, mine.name, mine.size_bytes, ranks=message.ranks)
+        )
 
     def _parity_slot(self, id: SnapshotId, size_bytes: int) -> Slot | None:
         """A parity file for `id`: a free one of the job of that size, or a new one."""
@@ -907,7 +917,15 @@ class Lifecycle:
                 self._delete(slot)
             self._report_rank(trainer_, now)
 
+    def _recode_moved(self, event: ev.RecodeMoved) -> None:
+        slot = self._encoding(event.id)
+        if slot is not None and not slot.doomed:
+            self._recoding[event.id] = Recoding(
+                event.id, slot.size_bytes, event.cells, event.done, event.for_s
+            )
+
     def _encoded(self, id: SnapshotId) -> None:
+        self._recoding.pop(id, None)
         slot = self._encoding(id)
         if slot is None:
             return
@@ -922,6 +940,7 @@ class Lifecycle:
         return next((s for s in slots if s.id == id and s.use is Use.ENCODING), None)
 
     def _encode_failed(self, event: ev.EncodeFailed) -> None:
+        self._recoding.pop(event.id, None)
         slot = self._encoding(event.id)
         if slot is None:
             return
@@ -1027,7 +1046,8 @@ class Lifecycle:
         )
 
     def _keep_manifest(self, manifest: JobManifest) -> None:
-        if self.manifests.get(manifest.id) != manifest:
+        known = self.manifests.get(manifest.id)
+        if known is None or (known != manifest and known.edition <= manifest.edition):
             self.manifests[manifest.id] = manifest
             self._world_sizes[manifest.id] = manifest.world_size
             self._do(ev.KeepManifest(manifest))

@@ -16,6 +16,8 @@ from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
+from msgspec import structs
+
 from ckptd.agent.lanes import Lane, Wanted
 from ckptd.agent.reader import CellReader, Read
 from ckptd.agent.store import Store
@@ -30,8 +32,7 @@ from ckptd.wire import GetCell, GetEncoded
 ROWS_WINDOW = 8
 _STRIPES_AHEAD = 6
 _STRIPES_BYTES = 96 << 20  # at most, in the cells of stripes that are read at the same time
-_READS_A_MEMBER = 3
-_ROWS_AT_ONCE = 6
+ROWS_AT_ONCE = 6
 _RETRY_S = 0.2
 _RETRY_MAX_S = 2.0
 _ROW_WAIT_S = 5.0
@@ -104,7 +105,8 @@ class EncodeRun:
     """One node's share in protecting one snapshot. `done` is called once, from a thread.
 
     `done(None)` when all parity of this node is stored and published, `done(reason)` when it never
-    will be (the reason is empty when it was stopped). `trouble(reason)` says what is tried again.
+    will be (the reason is empty when it was stopped). `trouble(reason)` says what is tried again,
+    `moved`, in any thread, how many of its parity cells are here.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class EncodeRun:
         size_bytes: int,
         done: Callable[[str | None], None],
         trouble: Callable[[str], None] = lambda reason: None,
+        moved: Callable[[int, int], None] = lambda done, cells: None,
     ) -> None:
         place = manifest.place_of(node)
         if place is None:
@@ -127,7 +130,7 @@ class EncodeRun:
         self._group = manifest.groups[self._group_index]
         self._map = manifest.stripe_map(self._group_index)
         self._cells, self._path, self._size_bytes = cells, path, size_bytes
-        self._done, self._trouble = done, trouble
+        self._done, self._trouble, self._moved = done, trouble, moved
         self._codec = codec_for(manifest, self._group)
         self._places = [
             list(member.cell_ranks(manifest.cell_bytes)) for member in self._group.members
@@ -140,6 +143,8 @@ class EncodeRun:
         self._stop = threading.Event()
         self._failure: Exception | None = None
         self._patience_s = _ROW_PATIENCE_S
+        self._on_demand = path is None
+        """Rows for others are computed when they are asked for, and not before."""
         self._index = {place: n for n, place in enumerate(self._map.parity_of(self._me))}
         self._parity: dict[tuple[int, int], tuple[int, int]] = {}
 
@@ -153,8 +158,14 @@ class EncodeRun:
         with self._change:
             self._change.notify_all()
 
-    def update(self, cells: dict[str, str]) -> None:
-        """Peers have other addresses now."""
+    def update(
+        self, manifest: JobManifest, cells: dict[str, str], ranks: dict[int, tuple[str, ...]]
+    ) -> None:
+        """Peers have other addresses now, or others have taken the places of lost ones.
+
+        `ranks` is for those who need to know who holds which.
+        """
+        self._manifest, self._group = manifest, manifest.groups[self._group_index]
         self._cells = cells
 
     def row(self, request: GetEncoded) -> memoryview:
@@ -172,7 +183,7 @@ class EncodeRun:
                 lambda: (
                     key in self._rows
                     or request.stripe in self._encoded
-                    or self._path is None
+                    or self._on_demand
                     or self._stop.is_set()
                 ),
                 _ROW_WAIT_S,
@@ -183,7 +194,7 @@ class EncodeRun:
             self._change.notify_all()
             if found is not None:
                 return found
-            if request.stripe not in self._encoded and self._path is not None:
+            if request.stripe not in self._encoded and not self._on_demand:
                 raise Gone(f"stripe {request.stripe} is not encoded yet")
         if not self._manifests_ready.wait(_ROW_WAIT_S):
             raise Gone("the manifests of the group are not here yet")
@@ -201,10 +212,7 @@ class EncodeRun:
                 self._store.allocate(
                     str(self._path.relative_to(self._store.root)), self._size_bytes
                 )
-            collector = threading.Thread(target=self._collect_rows)
-            collector.start()
-            self._encode_own()
-            collector.join()
+            self._fill()
             if not self._stop.is_set():
                 self._publish()
                 self._done(None)
@@ -216,6 +224,13 @@ class EncodeRun:
         # Only now: no thread of this run writes to the parity file any more.
         failure = self._failure
         self._done("" if failure is None else str(failure) or type(failure).__name__)
+
+    def _fill(self) -> None:
+        """Have all parity of this node in its file."""
+        collector = threading.Thread(target=self._collect_rows)
+        collector.start()
+        self._encode_own()
+        collector.join()
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -235,10 +250,11 @@ class EncodeRun:
 
     def _collect_manifests(self) -> None:
         """Keep every node manifest of the group before any parity is made."""
-        for number, member in enumerate(self._group.members):
-            if not member.extents:
+        for number in range(len(self._group.members)):
+            if not self._group.members[number].extents:
                 continue  # it holds parity only
-            manifest = self._again(partial(self._pull_manifest, member.node))
+            manifest = self._again(partial(self._pull_manifest, number))
+            member = self._group.members[number]
             sizes = {(s.rank, s.size_bytes) for s in manifest.segments}
             if not sizes >= {(e.rank, e.size_bytes) for e in member.extents}:
                 raise ProtocolError(f"the manifest of {member.node} does not fit the job manifest")
@@ -248,11 +264,16 @@ class EncodeRun:
                     raise ProtocolError(f"the manifest of {member.node} has missing digests")
             self._node_manifests[number] = manifest
             if member.node != self._node:
-                self._store.keep_node_manifest(manifest)
+                # The group knows the place by its first name, whoever has it now.
+                self._store.keep_node_manifest(structs.replace(manifest, node=member.origin))
         self._manifests_ready.set()
 
-    def _pull_manifest(self, node: str) -> NodeManifest:
-        return self._reader.node_manifest(self._manifest.id, node, self._addresses(node))
+    def _pull_manifest(self, number: int) -> NodeManifest:
+        """Of the node that has the place now."""
+        member = self._group.members[number]
+        rank = member.extents[0].rank
+        addresses = self._addresses(member.node)
+        return self._reader.node_manifest(self._manifest.id, member.node, addresses, rank)
 
     def _encode_own(self) -> None:
         """Read the stripes' cells, in order and a few stripes ahead, and encode what is whole."""
@@ -387,14 +408,18 @@ class EncodeRun:
             self._segment(member, rank),
             index,
             self._manifest.cell_bytes,
-            self._addresses(self._group.members[member].node),
+            self._holders(member, rank),
             into,
             stripe.number,
         )
 
+    def _holders(self, member: int, rank: int) -> list[str]:
+        """Addresses of those who hold a segment of the member's, beside this node."""
+        return self._addresses(self._group.members[member].node)
+
     def _collect_rows(self) -> None:
         """Get the rows that this node keeps of stripes that others encode."""
-        room = threading.Semaphore(_ROWS_AT_ONCE)
+        room = threading.Semaphore(ROWS_AT_ONCE)
         with self._lanes() as lanes:
             for stripe_number, row in self._index:
                 if row == 0:
@@ -447,6 +472,7 @@ class EncodeRun:
             file.seek(number * self._manifest.cell_bytes)
             file.write(cell)
         self._parity[stripe, row] = (len(cell), digest(cell))
+        self._moved(len(self._parity), len(self._index))
 
     def _publish(self) -> None:
         index = list(self._index)

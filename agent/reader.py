@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from ckptd.agent.buffers import Buffers
@@ -92,18 +93,28 @@ class CellReader:
             found.append(got)
         return found
 
-    def node_manifest(self, id: SnapshotId, node: str, addresses: Sequence[str]) -> NodeManifest:
-        """The node manifest of `node`, from here or from the first address that has it."""
+    def node_manifest(
+        self, id: SnapshotId, node: str, addresses: Sequence[str], rank: int | None = None
+    ) -> NodeManifest:
+        """The node manifest of `node`, from here or from the first address that has it.
+
+        With a `rank`, one that names it: this node may have been emptied, and hold only a part of
+        what it held when others were told.
+        """
         failures: list[Exception] = []
-        try:
-            if node == self.node:
-                return self.store.node_manifest(id, node)
-            return self.store.read_node_manifest(id, node)
-        except PeerError as error:
-            failures.append(error)
-        for address in addresses:
+        reads: list[Callable[[], NodeManifest]] = [
+            *([partial(self.store.node_manifest, id, node)] if node == self.node else ()),
+            partial(self.store.read_node_manifest, id, node),
+            *(partial(self.peers.fetch_manifest, a, GetManifest(id, node)) for a in addresses),
+        ]
+        for read in reads:
             try:
-                return self.peers.fetch_manifest(address, GetManifest(id, node))
+                found = read()
+                if rank is not None:
+                    found.segment(rank)
+                return found
+            except KeyError:
+                failures.append(Gone(f"{node} has no rank {rank} of {id}"))
             except (PeerError, OSError) as error:
                 failures.append(error)
         raise _worst(failures)

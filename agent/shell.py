@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,6 +21,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from ckptd.agent import events as ev
+from ckptd.agent.again import RecodeRun
 from ckptd.agent.buffers import give_large_buffers_back
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
@@ -431,7 +433,7 @@ class Agent:
         self._peer_cells = action.cells
         running = self._runs.get(id)
         if running is not None:
-            running.update(action.cells)
+            running.update(action.manifest, action.cells, action.ranks)
             return
         path = None if action.serve_only else self._store.path(action.name)
 
@@ -452,7 +454,9 @@ class Agent:
     def _encode_run(
         self, action: ev.Encode, path: Path | None, done: Callable[[str | None], None]
     ) -> EncodeRun:
-        return EncodeRun(
+        id = action.manifest.id
+        again = bool(action.ranks) and not action.serve_only
+        return (partial(RecodeRun, action.ranks) if again else EncodeRun)(
             action.manifest,
             self._config.node,
             action.cells,
@@ -462,6 +466,7 @@ class Agent:
             action.size_bytes,
             done,
             self._tell_trouble,
+            self._progress(partial(ev.RecodeMoved, id)) if again else lambda done, cells: None,
         )
 
     def _decoder_of(self, id: SnapshotId) -> CellDecoder | None:
@@ -497,19 +502,25 @@ class Agent:
         path = self._store.path(action.name)
         if not path.exists():
             self._store.allocate(action.name, action.size_bytes)
+        moved = self._progress(partial(ev.FetchMoved, action.name))
+        fetch = SegmentFetch(self._reader, action.id, action.rank, action.source, moved)
+        outcome = fetch.run(path, action.present)
+        self._store.publish_segment(path, outcome.sidecar)
+        return ev.Fetched(action.name, outcome.fetched_cells, outcome.rebuilt_cells)
+
+    def _progress(self, event: Callable[[int, int, float], ev.Event]) -> Callable[[int, int], None]:
+        """What is to be told, in any thread, how many of so many cells are there."""
         began = told = monotonic()
 
         def moved(done: int, cells: int) -> None:
             nonlocal told
             if monotonic() - told >= _PROGRESS_EVERY_S:
                 told = monotonic()
-                event = ev.FetchMoved(action.name, done, cells, told - began)
-                self._loop.call_soon_threadsafe(self._handle, event)
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    news = event(done, cells, told - began)
+                    self._loop.call_soon_threadsafe(self._handle, news)
 
-        fetch = SegmentFetch(self._reader, action.id, action.rank, action.source, moved)
-        outcome = fetch.run(path, action.present)
-        self._store.publish_segment(path, outcome.sidecar)
-        return ev.Fetched(action.name, outcome.fetched_cells, outcome.rebuilt_cells)
+        return moved
 
 
 def _rejected(error: Exception) -> bytes:

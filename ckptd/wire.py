@@ -12,7 +12,7 @@ from ckptd.errors import ProtocolError
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
 from ckptd.manifest import Extent, JobManifest, JobRecord
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 FRAME_LIMIT_BYTES = 64 << 20
 TRAINER_FRAME_LIMIT_BYTES = 64 << 10  # one SEQPACKET datagram
 
@@ -268,6 +268,16 @@ class Fetching(msgspec.Struct, frozen=True):
     for_s: float
 
 
+class Recoding(msgspec.Struct, frozen=True):
+    """Parity that a node makes anew: `done` of so many cells, in all so large, for so long."""
+
+    id: SnapshotId
+    size_bytes: Count
+    cells: Count
+    done: Count
+    for_s: float
+
+
 class Beat(Message, frozen=True):
     """The agent is alive."""
 
@@ -278,6 +288,7 @@ class Beat(Message, frozen=True):
     fetching: tuple[Fetching, ...] = ()
     damaged_cells: Count = 0
     mended_cells: Count = 0
+    recoding: tuple[Recoding, ...] = ()
 
 
 class Holds(Message, frozen=True):
@@ -438,10 +449,15 @@ class Undivide(Message, frozen=True):
 
 
 class Protect(Message, frozen=True):
-    """Every rank has sealed: encode. `cells` gives each node's cell server."""
+    """Every rank has sealed: encode. `cells` gives each node's cell server.
+
+    `ranks`, if any: most of the group has its parity. A node that has not gets each row from one
+    that holds data of the stripe, instead of pulling the data itself; they are as in `Source`.
+    """
 
     manifest: JobManifest
-    cells: dict[str, str]
+    cells: dict[NodeId, str]
+    ranks: dict[int, tuple[NodeId, ...]] = {}
 
 
 class Commit(Message, frozen=True):
@@ -582,6 +598,20 @@ class GetDecoded(Message, frozen=True):
     cells: dict[NodeId, str]
 
 
+class GetRecoded(Message, frozen=True):
+    """A parity row that is lost, computed anew by a node that holds data of its stripe.
+
+    `ranks` and `cells` say where that data is, as in `Source`.
+    """
+
+    id: SnapshotId
+    group: Count
+    stripe: Count
+    row: Count
+    ranks: dict[int, tuple[NodeId, ...]]
+    cells: dict[NodeId, str]
+
+
 class GetManifest(Message, frozen=True):
     """The node manifest of `node` for `id`."""
 
@@ -589,7 +619,7 @@ class GetManifest(Message, frozen=True):
     node: NodeId
 
 
-PeerRequest = GetCell | GetParity | GetEncoded | GetDecoded | GetManifest
+PeerRequest = GetCell | GetParity | GetEncoded | GetDecoded | GetRecoded | GetManifest
 
 
 class Payload(Message, frozen=True):

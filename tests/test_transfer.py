@@ -8,12 +8,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
 
 from ckptd.agent import cells
+from ckptd.agent.again import RecodeRun
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.decode import CellDecoder, DecodeService
 from ckptd.agent.fetch import Outcome, SegmentFetch
@@ -27,13 +29,21 @@ from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.ids import SnapshotId
 from ckptd.keys import NONCE_BYTES, ClusterKey
 from ckptd.manifest import Extent, Group, JobManifest, Member, NodeManifest
-from ckptd.segment import Sidecar, TensorSpec, checked_record, plan_layout, sidecar_path
+from ckptd.segment import (
+    ParitySidecar,
+    Sidecar,
+    TensorSpec,
+    checked_record,
+    plan_layout,
+    sidecar_path,
+)
 from ckptd.wire import (
     GetCell,
     GetDecoded,
     GetEncoded,
     GetManifest,
     GetParity,
+    GetRecoded,
     Message,
     Payload,
     PeerRequest,
@@ -63,9 +73,9 @@ class Node:
         self.run: EncodeRun | None = None
         self.job_manifest: JobManifest | None = None
         decode = DecodeService(self.reader, lambda id: self.job_manifest)
-        self.decoded: list[GetDecoded] = []
+        self.decoded: list[GetDecoded | GetRecoded] = []
 
-        def decoded(request: GetDecoded) -> memoryview:
+        def decoded(request: GetDecoded | GetRecoded) -> memoryview:
             self.decoded.append(request)
             return decode(request)
 
@@ -137,12 +147,17 @@ class Cluster:
         self.addresses = {node.name: node.address for node in self.nodes}
         self.outcomes: queue.Queue[tuple[str, str | None]] = queue.Queue()
 
-    def encode(self, node: Node, addresses: dict[str, str] | None = None) -> EncodeRun:
+    def encode(
+        self,
+        node: Node,
+        addresses: dict[str, str] | None = None,
+        kind: Callable[..., EncodeRun] = EncodeRun,
+    ) -> EncodeRun:
         number = self.nodes.index(node)
         held = len(self.manifest.stripe_map(0).parity_of(number))
         node.store.keep_manifest(self.manifest)
         node.job_manifest = self.manifest
-        node.run = EncodeRun(
+        node.run = kind(
             self.manifest,
             node.name,
             self.addresses if addresses is None else addresses,
@@ -164,10 +179,10 @@ class Cluster:
             self.encode(node)
         self.wait_encoded(len(self.nodes))
 
-    def newcomer(self) -> Node:
+    def newcomer(self, name: str = "z") -> Node:
         """A node that holds nothing, and keeps nothing between calls."""
         number = len(self.everybody)
-        node = Node("z", "127.0.0.99", self.directory / str(number))
+        node = Node(name, f"127.0.0.{90 + number}", self.directory / str(number))
         self.everybody.append(node)
         return node
 
@@ -404,6 +419,199 @@ class TestTheWorkIsShared:
                 cluster.nodes[1].peers.fetch(helper.address, request, into)
 
 
+class TestProtectedAgain:
+    """A node that has taken a lost one's place gets its parity from the others' data."""
+
+    def lose(self, cluster: Cluster, *lost: Node) -> None:
+        for node in lost:
+            node.close()
+
+    def take_place(self, cluster: Cluster, lost: Node, name: str) -> Node:
+        """A node of this name gets the image of a lost one; the next edition says so."""
+        place = cluster.nodes.index(lost)
+        newcomer = cluster.newcomer(name)
+        gone = tuple(n for n in cluster.nodes if n.name not in cluster.addresses)
+        source = cluster.source((*gone, lost))
+        for rank in cluster.ranks[lost.name]:
+            file = f"job/segment-{rank}.safetensors"
+            newcomer.store.allocate(file, len(cluster.segments[rank]))
+            path = newcomer.store.path(file)
+            outcome = SegmentFetch(newcomer.reader, ID, rank, source).run(path, present=False)
+            newcomer.store.publish_segment(path, outcome.sidecar)
+        cluster.ranks[name] = cluster.ranks[lost.name]
+        cluster.nodes[place] = newcomer
+        if name != lost.name:
+            cluster.manifest = cluster.manifest.with_nodes({(0, place): name})
+            (cluster.group,) = cluster.manifest.groups
+        cluster.addresses = {node.name: node.address for node in cluster.nodes if node not in gone}
+        return newcomer
+
+    def recode(
+        self, cluster: Cluster, node: Node, addresses: dict[str, str] | None = None
+    ) -> EncodeRun:
+        return cluster.encode(node, addresses, partial(RecodeRun, cluster.source().ranks))
+
+    def parity_of(self, node: Node) -> tuple[bytes, ParitySidecar]:
+        with node.store.parity(ID) as parity:
+            return parity.path.read_bytes(), parity.sidecar
+
+    @pytest.mark.parametrize(
+        ("ranks", "parity_shards"),
+        [([1, 1], 1), ([2, 1, 1], 1), ([1, 2, 1, 1], 2), ([1, 1, 2, 1, 1, 1], 2)],
+        ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else str(value),
+    )
+    def test_the_same_parity_byte_for_byte_and_one_cell_for_each(
+        self, ranks: list[int], parity_shards: int, build: Build
+    ) -> None:
+        cluster = build(ranks, parity_shards, seed=len(ranks))
+        cluster.protect()
+        lost = cluster.nodes[1]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        came = count_received(newcomer.peers)
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        assert self.parity_of(newcomer) == before
+        assert sum(came) == sum(before[1].lengths)
+
+    def test_by_all_survivors_in_turn(self, build: Build) -> None:
+        cluster = build([4, 4, 4, 4, 4], 2, seed=3)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        for node in cluster.nodes:
+            node.decoded.clear()
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        asked = [sum(isinstance(r, GetRecoded) for r in n.decoded) for n in cluster.nodes[1:]]
+        assert sum(asked) == len(cluster.manifest.stripe_map(0).parity_of(0))
+        assert min(asked) >= 1
+
+    def test_two_at_once_and_then_two_others_are_lost(self, build: Build) -> None:
+        """What the newcomers made is as good as what was lost, and so are their digests."""
+        cluster = build([1, 2, 1, 1], 2, seed=7)
+        cluster.protect()
+        old = list(cluster.nodes)
+        self.lose(cluster, *old[:2])
+        for node in old[:2]:
+            del cluster.addresses[node.name]
+        newcomers = [
+            self.take_place(cluster, node, name)
+            for node, name in zip(old[:2], ("y", "z"), strict=True)
+        ]
+        for node in newcomers:
+            self.recode(cluster, node)
+        cluster.wait_encoded(2)
+        self.lose(cluster, *old[2:])
+        where = cluster.newcomer("w")
+        for rank in [*cluster.ranks["c"], *cluster.ranks["d"]]:
+            outcome = cluster.fetch(where, rank, cluster.source(tuple(old[2:])))
+            assert outcome.fetched_cells == 0
+        # The digests of what the first newcomer holds are known to the second, too.
+        (rank, *_) = cluster.ranks["y"]
+        own = CellDecoder(newcomers[1].reader, ID, cluster.source((newcomers[0],)))
+        assert own.segment(rank)[0].size_bytes == len(cluster.segments[rank])
+
+    def test_the_same_node_that_has_lost_all_it_had(self, build: Build) -> None:
+        """Under its old name it holds one rank's segment already when it asks for the other's."""
+        cluster = build([1, 2, 1], 1, seed=4)
+        cluster.protect()
+        lost = cluster.nodes[1]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "b")
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        assert cluster.manifest.edition == 0
+        assert self.parity_of(newcomer) == before
+
+    def test_whatever_the_helpers_do_the_right_bytes_come_out(
+        self, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cluster = build([2, 2, 2, 2], 1, seed=6)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+
+        def too_short(request: GetRecoded) -> memoryview:
+            return memoryview(bytearray(1))
+
+        def refuse(request: GetRecoded) -> memoryview:
+            raise Gone("I would rather not")
+
+        for node, answer in zip(cluster.nodes[1:], (too_short, refuse, refuse), strict=True):
+            monkeypatch.setattr(node.server, "_decoded", answer)
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        assert self.parity_of(newcomer) == before
+
+    def test_damaged_data_makes_no_parity(self, build: Build) -> None:
+        """It waits until the cell is as it was; a wrong byte is never coded."""
+        cluster = build([1, 1, 1], 1, seed=8)
+        cluster.protect()
+        lost, other = cluster.nodes[0], cluster.nodes[1]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        (rank,) = cluster.ranks[other.name]
+        flip(other.segment(rank), CELL_BYTES // 2)
+        run = self.recode(cluster, newcomer)
+        wait_for(lambda: any(isinstance(r, GetRecoded) for r in cluster.nodes[2].decoded))
+        assert cluster.outcomes.empty()
+        flip(other.segment(rank), CELL_BYTES // 2)
+        run.update(cluster.manifest, cluster.addresses, {})
+        cluster.wait_encoded(1)
+        assert self.parity_of(newcomer) == before
+
+    def test_one_that_is_stopped_ends_without_parity(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1, seed=9)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        helper = cluster.nodes[1]
+        run = self.recode(cluster, newcomer, {newcomer.name: newcomer.address})
+        run.stop()
+        assert cluster.outcomes.get(timeout=DEADLINE_S) == (newcomer.name, "")
+        with pytest.raises(Gone, match="no parity"), newcomer.store.parity(ID):
+            pass
+        assert not any(isinstance(request, GetRecoded) for request in helper.decoded)
+
+    def test_a_row_that_is_none_is_refused(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        a, b, _ = cluster.nodes
+        into = memoryview(bytearray(CELL_BYTES))
+        for group, stripe, row in ((1, 0, 0), (0, 999, 0), (0, 0, 1)):
+            with pytest.raises(Gone, match="has no row"):
+                b.peers.fetch(a.address, GetRecoded(ID, group, stripe, row, {}, {}), into)
+
+    def test_names_of_the_next_edition_reach_a_run_that_is_under_way(self, build: Build) -> None:
+        """Its encoder has died; the node that takes its place computes the rows for it."""
+        cluster = build([1, 1, 1, 1], 2, seed=11)
+        for node in cluster.nodes[:3]:
+            cluster.encode(node, {n.name: n.address for n in cluster.nodes[:3]})
+        lost = cluster.nodes[3]
+        (rank,) = cluster.ranks[lost.name]
+        raw = cluster.segments[rank]
+        self.lose(cluster, lost)
+        newcomer = cluster.newcomer("z")
+        newcomer.seal(rank, raw, len(cluster.segments))
+        cluster.nodes[3], cluster.ranks["z"] = newcomer, [rank]
+        cluster.manifest = cluster.manifest.with_nodes({(0, 3): "z"})
+        cluster.addresses = {node.name: node.address for node in cluster.nodes}
+        for node in cluster.nodes[:3]:
+            assert node.run is not None
+            node.run.update(cluster.manifest, cluster.addresses, {})
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(4)
+        assert cluster.source().parity == ("a", "b", "c", "z")
+
+
 def count_received(peers: Peers) -> list[int]:
     """The bytes of every payload that comes through `peers` from now on."""
     came: list[int] = []
@@ -607,7 +815,7 @@ class TestProtecting:
         assert cluster.outcomes.empty()
         cluster.encode(late)
         for run in runs:
-            run.update(cluster.addresses)
+            run.update(cluster.manifest, cluster.addresses, {})
         cluster.wait_encoded(3)
 
     def test_stop_ends_the_threads(self, build: Build) -> None:

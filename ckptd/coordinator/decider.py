@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ckptd.coordinator import choice, recovery
+from ckptd.coordinator import again, choice, recovery
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.state import (
     ENDED,
@@ -124,7 +124,7 @@ class Coordinator:
             case Beat():
                 node.memory_used_bytes = message.memory_used_bytes
                 node.problems = message.problems
-                node.fetching = message.fetching
+                node.fetching, node.recoding = message.fetching, message.recoding
                 node.damaged_cells = message.damaged_cells
                 node.mended_cells = message.mended_cells
             case Holds():
@@ -174,6 +174,7 @@ class Coordinator:
                     undecided = snapshot.unprotected and not snapshot.reason
                     if undecided and snapshot.state is State.SEALED:
                         self._give_up(job, snapshot, snapshot.unprotected, now)
+            self._look_at_parity(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
         return self._flush()
@@ -270,6 +271,7 @@ class Coordinator:
             self._holds(hello.node, holding, now)
         known = {holding.id for holding in hello.holdings}
         for job in list(self.jobs.values()):
+            job.changed = True
             self._resend_orders(job, hello.node, known, now)
         for state in hello.ranks:
             self._rank_report(hello.node, state, now)
@@ -299,16 +301,22 @@ class Coordinator:
                 if snapshot.manifest.place_of(node) is not None:
                     # Others may have given up on this node: everybody looks again.
                     self._order_protect(job, snapshot, now)
-            elif snapshot.state is State.PROTECTED and snapshot.id in held:
-                self._send(node, Commit(snapshot.id, ()))
+            elif snapshot.state is State.PROTECTED and snapshot.manifest is not None:
+                place = snapshot.manifest.place_of(node)
+                if place is not None:
+                    snapshot.ordered.pop(place[0], None)
+                whole = recovery.is_protected(snapshot.manifest, self.live_holdings(snapshot.id))
+                if whole and snapshot.id in held:
+                    self._send(node, Commit(snapshot.id, ()))
 
     def _node_lost(self, name: str, now: float) -> None:
         node = self.nodes[name]
         node.live = False
         silent_s = now - node.last_seen
         self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
-        node.holdings = {}
+        node.holdings, node.fetching, node.recoding = {}, (), ()
         for job in self.jobs.values():
+            job.changed = True
             self._forget_attachments(job, name)
             self._miss_nodes(job, now)
 
@@ -558,7 +566,8 @@ class Coordinator:
         snapshot = job.snapshots.get(message.id)
         if snapshot is None or snapshot.state in ENDED:
             return
-        if snapshot.state is State.PROTECTED:
+        if snapshot.state is State.PROTECTED or snapshot.lost_at is not None:
+            snapshot.unable[node] = message.reason
             return
         if message.outcome == "skipped":
             job.pacer.missed()
@@ -610,6 +619,8 @@ class Coordinator:
 
     def _holds(self, node: str, holding: Holding, now: float) -> None:
         held = self.nodes[node].holdings
+        if holding.id.job in self.jobs:
+            self.jobs[holding.id.job].changed = True
         if not holding.extents and not holding.parity:
             held.pop(holding.id, None)
             return
@@ -637,7 +648,7 @@ class Coordinator:
             )
             job.snapshots[holding.id] = snapshot
             job.life = max(job.life, holding.id.life)
-        if snapshot.manifest is None:
+        if _is_newer(holding.manifest, snapshot.manifest):
             snapshot.manifest = holding.manifest
         self._advance(job, snapshot, now)
 
@@ -721,16 +732,95 @@ class Coordinator:
                 return
         if lacking:
             return
-        for group in manifest.groups:
-            if not group.parity_shards:
-                continue
-            cells = {
-                member.node: self.nodes[member.node].hello.cells
-                for member in group.members
-                if member.node in self.nodes and self.nodes[member.node].live
-            }
-            for member in group.members:
-                self._send(member.node, Protect(manifest, cells))
+        snapshot.ordered.clear()
+        for number, group in enumerate(manifest.groups):
+            if group.parity_shards:
+                self._order_group(snapshot, number)
+
+    def _order_group(self, snapshot: Snapshot, number: int) -> None:
+        """Order a group's nodes to protect it, unless they have this order."""
+        manifest = snapshot.manifest
+        if manifest is None:
+            return
+        group, holdings = manifest.groups[number], self.live_holdings(snapshot.id)
+        held = recovery.rank_holders(holdings)
+        ranks = {
+            extent.rank: held[extent.rank]
+            for member in group.members
+            for extent in member.extents
+            if extent.rank in held
+        }
+        lacking = [m.node for m in group.members if not again.has_parity(m, holdings)]
+        if len(lacking) > group.parity_shards:
+            ranks = {}  # the first time: all encode together
+        nodes = {member.node for member in group.members}
+        nodes.update(*ranks.values())
+        there = {n: self.nodes[n].hello for n in nodes if n in self.nodes and self.nodes[n].live}
+        order = (manifest.edition, {name: hello.incarnation for name, hello in there.items()})
+        if snapshot.ordered.get(number) == order:
+            return
+        snapshot.ordered[number] = order
+        cells = {name: hello.cells for name, hello in there.items()}
+        for member in group.members:
+            self._send(member.node, Protect(manifest, cells, ranks))
+
+    def _look_at_parity(self, job: Job, now: float) -> None:
+        """Have parity that is lost made anew, of snapshots that no newer one will replace.
+
+        Only if something has changed, and once all nodes have been heard that are there.
+        """
+        if not job.changed or now < self._settled_at:
+            return
+        job.changed = False
+        for snapshot in list(job.snapshots.values()):
+            counts = snapshot.state in (State.SEALED, State.PROTECTED) and not snapshot.unloadable
+            coded = snapshot.manifest is not None and any(
+                group.parity_shards for group in snapshot.manifest.groups
+            )
+            newer = any(
+                other.id > snapshot.id and other.state is State.PROTECTED and not other.unloadable
+                for other in job.snapshots.values()
+            )
+            if counts and coded and not newer:
+                self._protect_again(job, snapshot, now)
+
+    def _protect_again(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        manifest = snapshot.manifest
+        if manifest is None:
+            return
+        holdings = self.live_holdings(snapshot.id)
+        if recovery.is_protected(manifest, holdings):
+            if snapshot.lost_at is not None:
+                self._protected_again(job, snapshot, now)
+            return
+        plan = again.plan(manifest, holdings)
+        before = snapshot.state is State.PROTECTED or manifest.edition or plan.taken
+        if before and snapshot.lost_at is None:
+            snapshot.lost_at = now
+        snapshot.hindrances = plan.hindrances
+        if plan.taken:
+            snapshot.manifest = manifest.with_nodes(plan.taken)
+        for (group, place), node in plan.taken.items():
+            lost = manifest.groups[group].members[place].node
+            text = f"{node} takes the place of {lost} in {snapshot.id}"
+            self._event(now, "place_taken", job.name, text, node=node, lost=lost)
+        for number in plan.groups:
+            self._order_group(snapshot, number)
+
+    def _protected_again(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        seconds = now - (snapshot.lost_at if snapshot.lost_at is not None else now)
+        snapshot.lost_at, snapshot.hindrances, snapshot.unable = None, (), {}
+        self._event(
+            now,
+            "protected_again",
+            job.name,
+            f"{snapshot.id} is protected again, {seconds:.1f} s after it had lost parity",
+            life=snapshot.id.life,
+            step=snapshot.id.step,
+            seconds=seconds,
+        )
+        for node in self.nodes:
+            self._send(node, Commit(snapshot.id, ()))
 
     def _commit(self, job: Job, snapshot: Snapshot, now: float) -> None:
         """Give permission to free what the snapshot replaces: its ancestors, and dead branches."""
@@ -797,6 +887,7 @@ class Coordinator:
         pending = job.pending
         if pending is None:
             return
+        self._look_at_parity(job, now)  # a node that is back may have its place again
         verdict = self._missing_ranks(job, pending) or choice.choose(
             job, pending, self.nodes, self._settled_at, 3 * self.settings.beat_s, now
         )
@@ -958,3 +1049,8 @@ class Coordinator:
     def _flush(self) -> list[Send]:
         out, self._out = self._out, []
         return out
+
+
+def _is_newer(found: JobManifest | None, known: JobManifest | None) -> bool:
+    """Whether a manifest that was reported says more than the one that is known."""
+    return found is not None and (known is None or found.edition > known.edition)

@@ -8,7 +8,7 @@ from ckptd.coordinator.pacer import Pacer
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest, JobRecord
-from ckptd.wire import Fetching, Hello, Holding, RankState
+from ckptd.wire import Fetching, Hello, Holding, RankState, Recoding
 
 
 class State(enum.Enum):
@@ -59,6 +59,7 @@ class Node:
     memory_used_bytes: int = 0
     problems: tuple[str, ...] = ()
     fetching: tuple[Fetching, ...] = ()
+    recoding: tuple[Recoding, ...] = ()
     damaged_cells: int = 0
     mended_cells: int = 0
 
@@ -80,6 +81,14 @@ class Snapshot:
     """It was ticketed by the coordinator before this one, and learnt of from what nodes hold."""
     unprotected: str = ""
     """Why it could not be protected, if it could not."""
+    lost_at: float | None = None
+    """Since when some of its parity is lost, as far as is known here."""
+    hindrances: tuple[str, ...] = ()
+    """Why parity that is lost cannot be made anew."""
+    unable: dict[str, str] = field(default_factory=dict)
+    """Nodes that were told to make it anew and could not, and why."""
+    ordered: dict[int, object] = field(default_factory=dict)
+    """By group: to whom, and with which edition, the order to protect was given last."""
 
     def move(self, state: State, now: float, reason: str = "") -> None:
         """Change state, by the table only."""
@@ -140,6 +149,8 @@ class Job:
     """Ranks of `life` that said that the job is finished."""
     left: set[int] = field(default_factory=set)
     """Ranks of `life` that detached on purpose."""
+    changed: bool = False
+    """What nodes hold of it has changed since that was last looked at as a whole."""
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
 

@@ -240,6 +240,15 @@ class Cluster:
         held = self.nodes[name].holdings[id]
         self.say(name, Holds(msgspec.structs.replace(held, parity=True)))
 
+    def bring(self, name: str, id: SnapshotId, *ranks: int) -> None:
+        """The node has fetched these segments, beside what it holds."""
+        held = self.nodes[name].holdings.get(id)
+        extents = held.extents if held else ()
+        manifest = self.coordinator.jobs[JOB].snapshots[id].manifest
+        extents = tuple(sorted({*extents, *(Extent(rank, SIZE_BYTES) for rank in ranks)}))
+        parity = held is not None and held.parity
+        self.say(name, Holds(Holding(id, self.world_size, extents, parity, manifest)))
+
     def seal_all(self, id: SnapshotId) -> None:
         for rank in range(self.world_size):
             self.take(rank, id)
