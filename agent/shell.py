@@ -141,6 +141,7 @@ class Agent:
             memory_dir=str(self._config.memory_dir),
             memory_limit_bytes=self._config.memory_limit_bytes,
             coordinator=self._config.coordinator,
+            spare_memory_bytes=self._config.spare_memory_bytes,
         )
         self._lifecycle = Lifecycle(identity, adopted, monotonic())
         self._context = zmq.asyncio.Context()

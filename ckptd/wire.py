@@ -235,7 +235,7 @@ class Hello(Message, frozen=True):
     """Who an agent is and all that it holds. Sent on start and whenever the coordinator asks.
 
     `engine` computes `codec` there; `engine_reason` says why no better one does; it
-    is empty if there is none.
+    is empty if there is none. `spare_bytes`: how much more it may hold for other nodes.
     """
 
     node: NodeId
@@ -255,6 +255,7 @@ class Hello(Message, frozen=True):
     records: tuple[JobRecord, ...]
     launchers: tuple[str, ...]
     problems: tuple[str, ...]
+    spare_bytes: Count = 0
 
 
 class Fetching(msgspec.Struct, frozen=True):
@@ -289,6 +290,7 @@ class Beat(Message, frozen=True):
     damaged_cells: Count = 0
     mended_cells: Count = 0
     recoding: tuple[Recoding, ...] = ()
+    spare_bytes: Count = 0
 
 
 class Holds(Message, frozen=True):
@@ -349,6 +351,14 @@ class SnapshotFailed(Message, frozen=True):
     reason: str
 
 
+class RebuildFailed(Message, frozen=True):
+    """The segment of `rank` could not be rebuilt on this node."""
+
+    id: SnapshotId
+    rank: Count
+    reason: str
+
+
 class LauncherWaiting(Message, frozen=True):
     """A `ckptd run --spare` on this node waits to join `job`; `waiting` False: no more."""
 
@@ -366,6 +376,7 @@ AgentMessage = (
     | SegmentReady
     | LifeResumed
     | SnapshotFailed
+    | RebuildFailed
     | LauncherWaiting
 )
 
@@ -460,6 +471,14 @@ class Protect(Message, frozen=True):
     ranks: dict[int, tuple[NodeId, ...]] = {}
 
 
+class Rebuild(Message, frozen=True):
+    """Hold the segment of `rank`, whose node is lost, in spare memory; a later resume finds it."""
+
+    id: SnapshotId
+    rank: Count
+    source: Source
+
+
 class Commit(Message, frozen=True):
     """`id` is protected: permission to free `retire`."""
 
@@ -497,6 +516,7 @@ CoordinatorMessage = (
     | TakeSnapshot
     | Undivide
     | Protect
+    | Rebuild
     | Commit
     | Drop
     | Forget

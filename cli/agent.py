@@ -47,6 +47,13 @@ def _default_socket() -> str:
     help="Most bytes in segments and parity. Default: what is there, and 60 % of what is free.",
 )
 @click.option(
+    "--spare-memory",
+    type=options.Size(),
+    envvar="CKPTD_SPARE_MEMORY",
+    show_envvar=True,
+    help="How much of the limit may hold segments of lost nodes. Default: all that is free.",
+)
+@click.option(
     "--listen",
     default="127.0.0.1",
     show_default=True,
@@ -86,6 +93,7 @@ def command(
     socket: Path,
     memory_dir: Path,
     memory_limit: int | None,
+    spare_memory: int | None,
     listen: str,
     port: int,
     domain: str,
@@ -120,6 +128,7 @@ def command(
             wipe_on_exit=wipe_on_exit,
             scrub_bytes_per_s=scrub_rate,
             send_bytes_per_s=send_rate,
+            spare_memory_bytes=spare_memory,
         )
     )
 

@@ -41,6 +41,7 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "engine_reason": "",
         "memory_used_bytes": 384 * MIB,
         "memory_limit_bytes": 512 * MIB,
+        "spare_bytes": 128 * MIB,
         "ranks": [],
         "waiting_launchers": [],
         "damaged_cells": 0,
@@ -87,6 +88,7 @@ NO_ISAL = "isa-l (pyeclib): pyeclib is not installed: pip install pyeclib"
 WAITS = "ranks [4, 5] of 10 to attach to their agents"
 UNRESTORABLE = "group 0 needs 2 of 3 nodes, and the cells of node-b, node-c are not all there"
 REBUILT = "ranks 4, 5, 6, 7 can be rebuilt from parity"
+NO_ROOM = "rank 4 of lm/2.890 is lost and cannot be rebuilt: it needs 900 bytes"
 TORN = "node-c: rank 9 changed a parameter while it was being captured"
 AGAIN = (
     "4 of 6 nodes hold parity: is being protected again on node-d, 43%, 12 s left; on node-e, 0%"
@@ -140,6 +142,7 @@ DOCUMENT: dict[str, Any] = {
                 }
             ],
             "vacancies": {"node-b": "node-d"},
+            "no_room": [NO_ROOM],
             "snapshots": [
                 snapshot(903, "capturing", size_bytes=0),
                 snapshot(895, "sealed", reason=UNRESTORABLE),
@@ -178,6 +181,7 @@ DOCUMENT: dict[str, Any] = {
             "at_risk": {"process_steps": 1, "process_s": 0.4, "node_steps": 2, "node_s": 0.5},
             "groups": [],
             "vacancies": {},
+            "no_room": [],
             "snapshots": [],
             "ended": [],
         },
@@ -210,6 +214,7 @@ def test_status_hides_no_reason_and_no_number(width: int) -> None:
         "spare; waits for lm",
         "job lm waits · life 3 · resumed from 2.890",
         f"! waits for {WAITS}",
+        f"! {NO_ROOM}",
         "! 6 of 10 ranks attached",
         "rank 4 of 2.890 comes to node-d: 25%, 210 MiB/s, 31 s left",
         "! node-d was called in place of node-b",

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ckptd.coordinator import again, choice, recovery
+from ckptd.coordinator import again, choice, recovery, spare
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.state import (
     ENDED,
@@ -46,6 +46,8 @@ from ckptd.wire import (
     RankLeft,
     RankReport,
     RankState,
+    Rebuild,
+    RebuildFailed,
     Record,
     ResumeWaits,
     SegmentReady,
@@ -74,6 +76,9 @@ class Settings:
     """How often an agent says that it is alive, in seconds."""
     lease_s: float = 4.0
     """A node that was silent for so long is lost, in seconds."""
+    rebuild_after_s: float = 30.0
+    """Segments of a node that is lost for so long, in seconds, and whose place nobody takes, are
+    rebuilt on others' spare memory; 0: never."""
     settle_s: float | None = None
     """How long after the start there may be nodes yet unheard, in seconds; None: the lease."""
 
@@ -124,6 +129,7 @@ class Coordinator:
             case Beat():
                 node.memory_used_bytes = message.memory_used_bytes
                 node.problems = message.problems
+                node.spare_bytes = message.spare_bytes
                 node.fetching, node.recoding = message.fetching, message.recoding
                 node.damaged_cells = message.damaged_cells
                 node.mended_cells = message.mended_cells
@@ -153,6 +159,8 @@ class Coordinator:
                 self._life_resumed(message, now)
             case SnapshotFailed():
                 self._snapshot_failed(name, message, now)
+            case RebuildFailed():
+                self._rebuild_failed(name, message)
             case LauncherWaiting():
                 if message.waiting:
                     node.launchers.add(message.job)
@@ -175,6 +183,7 @@ class Coordinator:
                     if undecided and snapshot.state is State.SEALED:
                         self._give_up(job, snapshot, snapshot.unprotected, now)
             self._look_at_parity(job, now)
+            self._rebuild_lost(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
         return self._flush()
@@ -250,6 +259,7 @@ class Coordinator:
         fresh = old is None or old.hello.incarnation != hello.incarnation
         node = Node(hello, peer, now, launchers=set(hello.launchers))
         node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
+        node.spare_bytes = hello.spare_bytes
         self.nodes[hello.node] = node
         self._peers[peer] = hello.node
         self._send(hello.node, Welcome(self.settings.beat_s, self.settings.cell_bytes))
@@ -293,6 +303,9 @@ class Coordinator:
     def _resend_orders(self, job: Job, node: str, held: set[SnapshotId], now: float) -> None:
         """Orders are idempotent: give `node` those that it may have missed."""
         for snapshot in list(job.snapshots.values()):
+            for rank in [r for r, where in snapshot.rebuilding.items() if where == node]:
+                del snapshot.rebuilding[rank]
+            snapshot.unbuilt.clear()  # with this node others may succeed, too
             if snapshot.state in (State.TICKETED, State.CAPTURING):
                 ours = snapshot.id.life == job.life and node in job.members.values()
                 if ours and snapshot.id not in held:
@@ -680,6 +693,100 @@ class Coordinator:
             snapshot.move(State.PROTECTED, now)
             self._commit(job, snapshot, now)
 
+    def _find_incomplete(self, job: Job, now: float) -> None:
+        """Note since when the snapshot that a resume would choose has lost segments."""
+        for id in sorted(job.snapshots, reverse=True):
+            snapshot = job.snapshots[id]
+            if snapshot.state not in (State.SEALED, State.PROTECTED) or snapshot.unloadable:
+                continue
+            holdings = self.live_holdings(id)
+            verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
+            if not verdict.restorable:
+                continue
+            if "memory" in verdict.tiers:
+                break  # every segment is there
+            if job.incomplete is None or job.incomplete[0] != id:
+                job.incomplete = id, now
+            return
+        job.incomplete = None
+
+    def _rebuild_lost(self, job: Job, now: float) -> None:
+        """Have segments that were lost for long rebuilt on spare memory, if nobody comes for them.
+
+        Whoever comes to resume fetches them, so as long as somebody may, that is waited for.
+        """
+        for one in job.snapshots.values():
+            if one.rebuilding or one.no_room:
+                self._look_at_rebuilt(job, one, now)
+        if job.incomplete is None or not self.settings.rebuild_after_s:
+            return
+        id, since = job.incomplete
+        snapshot = job.snapshots.get(id)
+        states = [held.state for held in job.attachments.values()]
+        coming = any(state.round != job.round or not job.resumed for state in states)
+        if job.pending is not None or coming:
+            job.incomplete = id, now
+        elif snapshot is not None and now - since >= self.settings.rebuild_after_s:
+            self._order_rebuild(job, snapshot, now)
+
+    def _order_rebuild(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        manifest, holdings = snapshot.manifest, self.live_holdings(snapshot.id)
+        if manifest is None:
+            return
+        there = {*recovery.rank_holders(holdings), *snapshot.rebuilding}
+        lost = [rank for rank in range(snapshot.world_size) if rank not in there]
+        live = {name: node for name, node in self.nodes.items() if node.live}
+        spares = {name: node.spare_bytes for name, node in live.items()}
+        if not lost or snapshot.rebuilding:
+            return  # what is under way may not be in the numbers yet
+        found = spare.place(manifest, holdings, lost, spares, snapshot.unbuilt)
+        cells = {name: node.hello.cells for name, node in live.items()}
+        source = recovery.source(manifest, holdings, cells)
+        for rank, node in found.nodes.items():
+            snapshot.rebuilding[rank] = node
+            self._send(node, Rebuild(snapshot.id, rank, source))
+            text = f"nobody has come for rank {rank} of {snapshot.id}: it is rebuilt on {node}"
+            self._event(now, "rebuild_ordered", job.name, text, node=node, rank=rank)
+        if found.left and not snapshot.no_room:
+            text = self._no_room(snapshot, found.left[0].rank, found.left[0].size_bytes)
+            self._event(now, "no_room_to_rebuild", job.name, text, rank=found.left[0].rank)
+            snapshot.no_room = text
+
+    def _no_room(self, snapshot: Snapshot, rank: int, size_bytes: int) -> str:
+        """Why a lost segment is not rebuilt, and what would help."""
+        live = {name: node for name, node in self.nodes.items() if node.live}
+        spares = ", ".join(f"{name} {node.spare_bytes}" for name, node in sorted(live.items()))
+        failed = [why for (of, _), why in sorted(snapshot.unbuilt.items()) if of == rank]
+        best = max(live, key=lambda name: (live[name].spare_bytes, name))
+        more = max(0, size_bytes - live[best].spare_bytes)
+        return (
+            f"rank {rank} of {snapshot.id} is lost and cannot be rebuilt: it needs {size_bytes} "
+            f"bytes, and spare are {spares}"
+            + (f" ({'; '.join(failed)})" if failed else "")
+            + f"; start the agent on {best} with --memory-limit "
+            f"{live[best].hello.memory_limit_bytes + more} or more (and as much more "
+            "--spare-memory, if it has that), or bring a node"
+        )
+
+    def _look_at_rebuilt(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        """Note what has been rebuilt, and by whom it no longer will be."""
+        held = recovery.rank_holders(self.live_holdings(snapshot.id))
+        if len(held) == snapshot.world_size:
+            snapshot.no_room = ""
+        for rank, node in list(snapshot.rebuilding.items()):
+            if rank in held:
+                text = f"rank {rank} of {snapshot.id} has been rebuilt on {node}"
+                self._event(now, "rebuilt", job.name, text, node=node, rank=rank)
+            if rank in held or not self.nodes[node].live:
+                del snapshot.rebuilding[rank]
+
+    def _rebuild_failed(self, node: str, message: RebuildFailed) -> None:
+        job = self.jobs.get(message.id.job)
+        snapshot = job.snapshots.get(message.id) if job is not None else None
+        if snapshot is not None and snapshot.rebuilding.get(message.rank) == node:
+            del snapshot.rebuilding[message.rank]
+            snapshot.unbuilt[message.rank, node] = message.reason
+
     def _goes_on(self, job: Job, id: SnapshotId) -> bool:
         return id.life == job.life or id == job.resumed_from
 
@@ -772,6 +879,7 @@ class Coordinator:
         if not job.changed or now < self._settled_at:
             return
         job.changed = False
+        self._find_incomplete(job, now)
         for snapshot in list(job.snapshots.values()):
             counts = snapshot.state in (State.SEALED, State.PROTECTED) and not snapshot.unloadable
             coded = snapshot.manifest is not None and any(

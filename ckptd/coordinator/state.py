@@ -57,6 +57,8 @@ class Node:
     launchers: set[str] = field(default_factory=set)
     """Jobs for which a launcher waits on this node."""
     memory_used_bytes: int = 0
+    spare_bytes: int = 0
+    """How much more it may hold for other nodes."""
     problems: tuple[str, ...] = ()
     fetching: tuple[Fetching, ...] = ()
     recoding: tuple[Recoding, ...] = ()
@@ -87,6 +89,12 @@ class Snapshot:
     """Why parity that is lost cannot be made anew."""
     unable: dict[str, str] = field(default_factory=dict)
     """Nodes that were told to make it anew and could not, and why."""
+    rebuilding: dict[int, str] = field(default_factory=dict)
+    """Lost ranks, and the nodes that were told to rebuild their segments."""
+    unbuilt: dict[tuple[int, str], str] = field(default_factory=dict)
+    """Ranks, and nodes that could not rebuild their segments, and why."""
+    no_room: str = ""
+    """Why lost segments are not rebuilt, if there is no room for them."""
     ordered: dict[int, object] = field(default_factory=dict)
     """By group: to whom, and with which edition, the order to protect was given last."""
 
@@ -149,6 +157,8 @@ class Job:
     """Ranks of `life` that said that the job is finished."""
     left: set[int] = field(default_factory=set)
     """Ranks of `life` that detached on purpose."""
+    incomplete: tuple[SnapshotId, float] | None = None
+    """The snapshot that a resume would choose, if segments of it are lost, and since when."""
     changed: bool = False
     """What nodes hold of it has changed since that was last looked at as a whole."""
     disagree_since: float | None = None

@@ -61,6 +61,7 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
         "engine_reason": hello.engine_reason,
         "memory_used_bytes": node.memory_used_bytes,
         "memory_limit_bytes": hello.memory_limit_bytes,
+        "spare_bytes": node.spare_bytes,
         "ranks": [{"job": job, "rank": rank} for job, rank in ranks],
         "waiting_launchers": sorted(node.launchers),
         "damaged_cells": node.damaged_cells,
@@ -99,6 +100,7 @@ def _job(coordinator: Coordinator, job: Job, now: float) -> dict[str, Any]:
         "restoring": _restoring(coordinator, job),
         "groups": _groups(coordinator, job),
         "vacancies": dict(job.vacancies),
+        "no_room": [one.no_room for one in job.snapshots.values() if one.no_room],
         "snapshots": snapshots,
         "ended": [
             {

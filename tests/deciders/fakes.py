@@ -49,6 +49,7 @@ class Node:
     inbox: list[CoordinatorMessage] = field(default_factory=list)
     up: bool = True
     domain: str = ""
+    spare_bytes: int = 0
 
     @property
     def peer(self) -> bytes:
@@ -140,7 +141,8 @@ class Cluster:
             self.now = min(end, self.now + self.settings.beat_s)
             for name, node in self.nodes.items():
                 if node.up and name not in silent:
-                    self.say(name, Beat(name, str(node.incarnation), 0, ()))
+                    beat = Beat(name, str(node.incarnation), 0, (), spare_bytes=node.spare_bytes)
+                    self.say(name, beat)
             self.deliver(self.coordinator.tick(self.now))
 
     def destroy(self, *names: str, wait: bool = True) -> None:

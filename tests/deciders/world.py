@@ -46,7 +46,7 @@ JOB = "job"
 CELL_BYTES = 4
 SIZE_BYTES = 12
 STEP_S = 0.05
-SETTINGS = Settings(cell_bytes=CELL_BYTES, beat_s=0.25, lease_s=1.5)
+SETTINGS = Settings(cell_bytes=CELL_BYTES, beat_s=0.25, lease_s=1.5, rebuild_after_s=0.3)
 
 Range = tuple[float, float]
 """The least and the most that something takes, in seconds."""
