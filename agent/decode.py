@@ -52,6 +52,7 @@ class CellDecoder:
         """`known`: what another decoder of this snapshot has found out already."""
         self._reader, self._id, self._source = reader, id, source
         self._known = known if known is not None else Geometry()
+        reader.damage.meet(source.cells)
 
     def segment(self, rank: int) -> tuple[SegmentDigests, int]:
         """Size and digests of a rank's segment, and the bytes in a cell, from whoever knows them.

@@ -127,6 +127,14 @@ class Scrubbed:
 
 
 @dataclass(frozen=True, slots=True)
+class Damaged:
+    """`node` has sent so many damaged cells, in all, since this agent was started."""
+
+    node: str
+    cells: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchMoved:
     """So many of the cells that a segment needs have been brought here, for so long."""
 
@@ -167,6 +175,7 @@ Event = (
     | EncodeFailed
     | Trouble
     | Scrubbed
+    | Damaged
     | FetchMoved
     | Fetched
     | FetchFailed

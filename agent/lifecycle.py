@@ -201,6 +201,10 @@ class Lifecycle:
         """Slot name to how far its Fetch has come."""
         self._scrubbed = (0, 0)
         """Cells that scrubbing has found damaged, and mended."""
+        self._repaired = 0
+        """Cells that were found damaged, and mended, when their segment was wanted."""
+        self._damaged_from: dict[str, int] = {}
+        """Damaged cells that came from each peer."""
         self._bereft: set[str] = set()
         """Jobs that have lost a trainer whose slots the next life will claim."""
         self._out: list[ev.Action] = []
@@ -256,6 +260,9 @@ class Lifecycle:
             case ev.Scrubbed():
                 self._scrubbed = (event.damaged_cells, event.mended_cells)
                 self._problem(event.text)
+            case ev.Damaged():
+                known = self._damaged_from.get(event.node, 0)
+                self._damaged_from[event.node] = max(known, event.cells)
             case ev.FetchMoved():
                 self._fetch_moved(event)
             case ev.Fetched():
@@ -269,6 +276,7 @@ class Lifecycle:
         if now >= self._beat_at:
             self._beat_at = now + self.beat_s
             if self.connected:
+                damaged, mended = self._scrubbed
                 self._report(
                     Beat(
                         self.identity.node,
@@ -276,7 +284,9 @@ class Lifecycle:
                         self.used_bytes,
                         tuple(self.problems),
                         tuple(self._fetching.values()),
-                        *self._scrubbed,
+                        damaged + self._repaired,
+                        mended + self._repaired,
+                        dict(self._damaged_from),
                     )
                 )
         if now >= self._waiting_at:
@@ -944,6 +954,8 @@ class Lifecycle:
         self._fetching.pop(event.name, None)
         waiting = self._waiting_for(event.name)
         id = slot.id
+        if slot.use is Use.SEALED:  # it was here, and was looked at
+            self._repaired += event.fetched_cells + event.rebuilt_cells
         if slot.doomed:
             self._release(slot)
         elif slot.use is Use.FETCHING:
@@ -971,7 +983,8 @@ class Lifecycle:
         slot = self.slots[event.name]
         life = self._fetches.pop(event.name)
         self._fetching.pop(event.name, None)
-        self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
+        if not slot.doomed:  # else nobody is to blame that its cells are gone
+            self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
         for trainer in self._waiting_for(event.name):
             if trainer.life == life or slot.doomed:
                 self._tell(trainer.conn, Rejected(event.kind, event.reason))

@@ -321,6 +321,9 @@ class EncodeRun:
             # Its encoder is not that far, or has begun again: worth another try.
             raise ConnectionError(str(error)) from error
         if length != len(into) or digest(into) != want:
+            self._reader.damage.found(
+                address, f"parity row {request.row} of stripe {request.stripe} of {request.id}"
+            )
             raise ConnectionError(f"a parity row from {encoder} was damaged on the way")
 
     def _keep(self, stripe: int, row: int, cell: memoryview) -> None:

@@ -269,7 +269,11 @@ class Fetching(msgspec.Struct, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """The agent is alive."""
+    """The agent is alive.
+
+    `damaged_cells` and `mended_cells` are its own; `damaged_from` counts those that came to it from
+    each other node.
+    """
 
     node: NodeId
     incarnation: str
@@ -278,6 +282,7 @@ class Beat(Message, frozen=True):
     fetching: tuple[Fetching, ...] = ()
     damaged_cells: Count = 0
     mended_cells: Count = 0
+    damaged_from: dict[str, Count] = {}
 
 
 class Holds(Message, frozen=True):
