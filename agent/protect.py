@@ -33,6 +33,7 @@ _RETRY_MAX_S = 2.0
 _ROW_WAIT_S = 5.0
 _ROW_PATIENCE_S = 2.0
 _TROUBLE_AFTER_S = 5.0
+_DAMAGED_TRIES = 3
 
 _codec = lru_cache(open_codec)  # opening runs its self-test
 
@@ -353,15 +354,20 @@ class EncodeRun:
     def _again(self, attempt: Callable[[], _T]) -> _T:
         """Try until it works, the snapshot is stopped, or trying again cannot help."""
         wait_s, tell_at = _RETRY_S, monotonic() + _TROUBLE_AFTER_S
+        damaged = 0
         while not self._stop.is_set():
             try:
                 return attempt()
+            except (CorruptData, ProtocolError):
+                damaged += 1  # perhaps only on its way, and whole where it comes from
+                if damaged == _DAMAGED_TRIES:
+                    raise
             except OSError as error:
                 if monotonic() >= tell_at:
                     self._trouble(f"{self._manifest.id} is not protected yet: {error}")
                     tell_at = math.inf
-                self._stop.wait(wait_s)
-                wait_s = min(2 * wait_s, _RETRY_MAX_S)
+            self._stop.wait(wait_s)
+            wait_s = min(2 * wait_s, _RETRY_MAX_S)
         raise Stopped
 
     def _addresses(self, node: str) -> list[str]:
