@@ -143,9 +143,12 @@ def read_at(path: os.PathLike[str], offset: int, into: memoryview) -> int:
 
 
 def _worst(failures: Sequence[Exception]) -> Exception:
-    """What says most about why a cell could not be read: damage, then absence, then the network."""
+    """What says most about why a cell could not be read: damage, then the network, then absence.
+
+    Of several of a kind the last: that this node does not have it comes first, and says little.
+    """
     for kind in (CorruptData, OSError, ProtocolError, Gone):
-        for failure in failures:
+        for failure in reversed(failures):
             if isinstance(failure, kind):
                 return failure
     return failures[0]

@@ -52,6 +52,10 @@ class Fleet(LocalCluster):
         self.start_agent(node)
         return node
 
+    def made(self, nodes: int) -> None:
+        """So many have a name already."""
+        self._made = nodes
+
     # Ranks.
 
     def train(self) -> None:
