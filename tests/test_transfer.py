@@ -294,6 +294,17 @@ class TestFlippedBits:
         with pytest.raises(CorruptData, match="does not have its digest"):
             cluster.fetch(cluster.newcomer(), rank, cluster.source((node,)))
 
+    def test_parity_of_other_data_while_there_is_better(self, build: Build) -> None:
+        """One row was computed wrongly, and has its digest: the other rows give the right bytes."""
+        cluster = build([1, 1, 1, 1, 1], 3, seed=8)
+        cluster.protect()
+        lost = cluster.nodes[4]
+        (rank,) = cluster.ranks[lost.name]
+        for keeper in cluster.nodes[1:3]:
+            forge_parity(keeper)
+        for where in (cluster.newcomer(), cluster.nodes[0], cluster.nodes[1]):
+            cluster.fetch(where, rank, cluster.source((lost,)))
+
 
 class TestScrubbing:
     """Cells at rest are looked at, and mended through their stripe."""
