@@ -168,6 +168,19 @@ class TestCells:
         assert head == bytes(8)
 
 
+def test_a_first_cell_that_is_being_mended_is_not_a_damaged_one(build: Build, peer: Peer) -> None:
+    """Its node mends another cell of the segment, and has taken the header's length back."""
+    cluster = build([1, 1, 1, 1], 2, seed=3)
+    cluster.protect()
+    (rank,) = cluster.ranks["b"]
+    lie = lie_about_cells(lambda body: instead(bytes(8) + body[8:] if body[8:9] == b"{" else body))
+    newcomer = cluster.newcomer()
+    liar = peer(cluster.nodes[1], lie)
+    outcome = cluster.fetch(newcomer, rank, through(cluster.source(), b=liar))
+    assert outcome.rebuilt_cells == 1
+    assert newcomer.reader.damage.cells == {}
+
+
 class TestOtherCells:
     """A cell of something else, whole and with its right digest, in place of the one asked for."""
 
