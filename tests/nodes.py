@@ -241,14 +241,15 @@ def flip_parity(cluster: Cluster, stripe: int, row: int) -> None:
 
 def forge_parity(keeper: Node) -> None:
     """Parity with the right digests, but made of other bytes."""
-    flip(keeper.parity, 0)
     with keeper.store.parity(ID) as parity:
-        kept = parity.path.read_bytes()
         sidecar, index = parity.sidecar, list(parity.index)
+    for number in range(len(index)):
+        flip(keeper.parity, number * CELL_BYTES)
+    kept = keeper.parity.read_bytes()
     digests = pack(
         digest(kept[n * CELL_BYTES :][:length]) for n, length in enumerate(sidecar.lengths)
     )
-    made = type(sidecar)(ID, 0, 1, CELL_BYTES, sidecar.lengths, digests)
+    made = type(sidecar)(ID, 0, sidecar.member, CELL_BYTES, sidecar.lengths, digests)
     keeper.store.publish_parity(keeper.parity, made, index)
 
 
