@@ -83,8 +83,8 @@ class Ranks:
             client.set_life(life)
             client.open_layout(OpenLayout(life, self.layouts[rank].size_bytes), deadline)
 
-        list(self.pool.map(open_layout, range(self.world_size)))
         self.clients[0].tell(Resumed(life, step))
+        list(self.pool.map(open_layout, range(self.world_size)))
         say("start", life=life, step=step)
         while True:
             step += 1

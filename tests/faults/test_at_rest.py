@@ -149,6 +149,7 @@ def node_of(fleet: Fleet, name: str) -> dict:
     return next(node for node in fleet.status()["nodes"] if node["node"] == name)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 class TestWholeAgents:
     def test_flips_in_data_and_parity_are_mended_counted_and_named(self, fleet: Open) -> None:

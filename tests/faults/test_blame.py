@@ -21,6 +21,8 @@ from .peers import BadWire
 
 MIB = 1 << 20
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+
 
 class AgentHere:
     """A whole agent in this process, that others reach over a bad wire."""

@@ -12,7 +12,7 @@ from .fleet import CELL_BYTES, JOB, Fleet
 
 Open = Callable[..., Fleet]
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 
 def replace(fleet: Fleet, *places: int) -> None:
