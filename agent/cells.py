@@ -257,13 +257,13 @@ class Peers:
                 raise _Abandoned
 
     def fetch_manifest(self, address: str, request: GetManifest) -> NodeManifest:
-        """Raises Gone, ProtocolError or OSError."""
+        """Raises Gone, CorruptData, ProtocolError or OSError."""
         with self._connection(address) as conn:
             payload = self._ask(conn, address, request, _MANIFEST_LIMIT_BYTES)
             body = bytearray(payload.length_bytes)
             _receive_into(conn, memoryview(body))
         if digest(body) != payload.digest:
-            raise ProtocolError(f"the manifest from {address} was damaged on the way")
+            raise CorruptData(f"the manifest from {address} was damaged on the way")
         try:
             manifest = msgspec.msgpack.decode(body, type=NodeManifest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 
 from ckptd.agent.protect import codec_for, encode_cells
 from ckptd.agent.reader import CellReader, Read
@@ -52,6 +53,7 @@ class CellDecoder:
         """`known`: what another decoder of this snapshot has found out already."""
         self._reader, self._id, self._source = reader, id, source
         self._known = known if known is not None else Geometry()
+        reader.damage.meet(source.cells)
 
     def segment(self, rank: int) -> tuple[SegmentDigests, int]:
         """Size and digests of a rank's segment, and the bytes in a cell, from whoever knows them.
@@ -207,20 +209,50 @@ class CellDecoder:
                     f"{what} cannot be rebuilt: {len(shards)} of the {group.data_shards} cells "
                     f"that stripe {stripe.number} needs are there ({'; '.join(missing[:4])})"
                 )
-            longest = max(len(into), *(length for _, length in shards.values()))
-            for view, length in shards.values():
-                view[length:longest] = bytes(longest - length)
-            try:
-                codec_for(manifest, group).decode(
-                    {n: view[:longest] for n, (view, _) in shards.items()}, {wanted: out[:longest]}
-                )
-            except CodecError as error:
-                raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
-            if digest(out[: len(into)]) != unpack_one(segment.digests, index):
+            codec, want = codec_for(manifest, group), unpack_one(segment.digests, index)
+
+            def is_right() -> bool:
+                longest = max(len(into), *(length for _, length in shards.values()))
+                for view, length in shards.values():
+                    view[length:longest] = bytes(longest - length)
+                found = {n: view[:longest] for n, (view, _) in shards.items()}
+                try:
+                    codec.decode(found, {wanted: out[:longest]})
+                except CodecError as error:
+                    raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
+                return digest(out[: len(into)]) == want
+
+            if not is_right() and not self._other_parity_is_right(shards, sources, group, is_right):
                 raise CorruptData(
                     f"{what}, decoded from stripe {stripe.number}, does not have its digest"
                 )
             into[:] = out[: len(into)]
+
+    def _other_parity_is_right(
+        self,
+        shards: dict[int, tuple[memoryview, int]],
+        sources: list[tuple[int, Read]],
+        group: Group,
+        is_right: Callable[[], bool],
+    ) -> bool:
+        """Try the rest of the parity in place of what was read of it.
+
+        Data had the digests of its capture, but a row of parity only the one that it was stored
+        with: it may have been computed wrongly.
+        """
+        rows = {n: shards.pop(n) for n in list(shards) if n >= group.data_shards}
+        data, used = dict(shards), set(rows)
+        with self._reader.buffers.lend(self._job().cell_bytes, len(sources)) as views:
+            lengths = self._reader.read_all([read for _, read in sources], views)
+            for (row, _), view, got in zip(sources, views, lengths, strict=True):
+                if isinstance(got, int):
+                    rows[row] = view, got
+            for chosen in combinations(rows, len(used)):
+                shards.clear()
+                shards.update(data | {row: rows[row] for row in chosen})
+                if set(chosen) != used and is_right():
+                    return True
+        return False
 
     def encode(self, group: int, stripe: int, row: int, into: memoryview) -> None:
         """Compute a parity row anew from the data of its stripe.

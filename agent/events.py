@@ -137,6 +137,14 @@ class RecodeMoved:
 
 
 @dataclass(frozen=True, slots=True)
+class Damaged:
+    """`node` has sent so many damaged cells, in all, since this agent was started."""
+
+    node: str
+    cells: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchMoved:
     """So many of the cells that a segment needs have been brought here, for so long."""
 
@@ -178,6 +186,7 @@ Event = (
     | Trouble
     | Scrubbed
     | RecodeMoved
+    | Damaged
     | FetchMoved
     | Fetched
     | FetchFailed

@@ -145,6 +145,7 @@ class SegmentFetch:
                     length, _ = self._reader.peers.fetch(helper, request, into, HELPER_TIMEOUT_S)
                     if length == len(into) and digest(into) == want:
                         return
+                    self._reader.damage.found(helper, what)
                 except PeerError:
                     continue  # it cannot; perhaps this node can
                 except OSError:

@@ -212,6 +212,10 @@ class Lifecycle:
         """How far parity has come that is made anew."""
         self._scrubbed = (0, 0)
         """Cells that scrubbing has found damaged, and mended."""
+        self._repaired = 0
+        """Cells that were found damaged, and mended, when their segment was wanted."""
+        self._damaged_from: dict[str, int] = {}
+        """Damaged cells that came from each peer."""
         self._bereft: set[str] = set()
         """Jobs that have lost a trainer whose slots the next life will claim."""
         self._out: list[ev.Action] = []
@@ -269,6 +273,9 @@ class Lifecycle:
                 self._problem(event.text)
             case ev.RecodeMoved():
                 self._recode_moved(event)
+            case ev.Damaged():
+                known = self._damaged_from.get(event.node, 0)
+                self._damaged_from[event.node] = max(known, event.cells)
             case ev.FetchMoved():
                 self._fetch_moved(event)
             case ev.Fetched():
@@ -282,6 +289,7 @@ class Lifecycle:
         if now >= self._beat_at:
             self._beat_at = now + self.beat_s
             if self.connected:
+                damaged, mended = self._scrubbed
                 self._report(
                     Beat(
                         self.identity.node,
@@ -289,9 +297,11 @@ class Lifecycle:
                         self.used_bytes,
                         tuple(self.problems),
                         tuple(self._fetching.values()),
-                        *self._scrubbed,
+                        damaged + self._repaired,
+                        mended + self._repaired,
                         tuple(self._recoding.values()),
                         self.spare_bytes,
+                        dict(self._damaged_from),
                     )
                 )
         if now >= self._waiting_at:
@@ -1013,6 +1023,8 @@ class Lifecycle:
         self._fetching.pop(event.name, None)
         waiting = self._waiting_for(event.name)
         id = slot.id
+        if slot.use is Use.SEALED:  # it was here, and was looked at
+            self._repaired += event.fetched_cells + event.rebuilt_cells
         if slot.doomed:
             self._release(slot)
         elif slot.use is Use.FETCHING:
@@ -1040,7 +1052,8 @@ class Lifecycle:
         slot = self.slots[event.name]
         life = self._fetches.pop(event.name)
         self._fetching.pop(event.name, None)
-        self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
+        if not slot.doomed:  # else nobody is to blame that its cells are gone
+            self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
         if life == _NO_LIFE and slot.id is not None:
             self._report(RebuildFailed(slot.id, slot.rank, event.reason))
         for trainer in self._waiting_for(event.name):

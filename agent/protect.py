@@ -38,6 +38,7 @@ _RETRY_MAX_S = 2.0
 _ROW_WAIT_S = 5.0
 _ROW_PATIENCE_S = 2.0
 _TROUBLE_AFTER_S = 5.0
+_DAMAGED_TRIES = 3
 
 _codec = lru_cache(open_codec)  # opening runs its self-test
 
@@ -349,6 +350,9 @@ class EncodeRun:
             right = length == len(into) and digest(into) == want
             if right:
                 done()
+            else:
+                what = f"cell {index} of rank {rank} of {self._manifest.id}"
+                self._reader.damage.found_of(self._group.members[member].node, what)
             return right
 
         def with_patience() -> None:
@@ -438,7 +442,7 @@ class EncodeRun:
         into = buffer[: self._row_length(stripe)]
 
         def take(length: int, want: int) -> bool:
-            if length != len(into) or digest(into) != want:
+            if not self._row_is_whole(encoder, request, into, length, want):
                 return False
             with stack:
                 self._guard(lambda: self._keep(stripe.number, row, into))
@@ -460,8 +464,17 @@ class EncodeRun:
         except Gone as error:
             # Its encoder is not that far, or has begun again: worth another try.
             raise ConnectionError(str(error)) from error
-        if length != len(into) or digest(into) != want:
+        if not self._row_is_whole(encoder, request, into, length, want):
             raise ConnectionError(f"a parity row from {encoder} was damaged on the way")
+
+    def _row_is_whole(
+        self, encoder: str, request: GetEncoded, row: memoryview, length: int, want: int
+    ) -> bool:
+        whole = length == len(row) and digest(row) == want
+        if not whole:
+            what = f"parity row {request.row} of stripe {request.stripe} of {request.id}"
+            self._reader.damage.found_of(encoder, what)
+        return whole
 
     def _keep(self, stripe: int, row: int, cell: memoryview) -> None:
         """Write one parity cell to its place in the file."""
@@ -491,15 +504,20 @@ class EncodeRun:
     def _again(self, attempt: Callable[[], _T]) -> _T:
         """Try until it works, the snapshot is stopped, or trying again cannot help."""
         wait_s, tell_at = _RETRY_S, monotonic() + _TROUBLE_AFTER_S
+        damaged = 0
         while not self._stop.is_set():
             try:
                 return attempt()
+            except (CorruptData, ProtocolError):
+                damaged += 1  # perhaps only on its way, and whole where it comes from
+                if damaged == _DAMAGED_TRIES:
+                    raise
             except OSError as error:
                 if monotonic() >= tell_at:
                     self._trouble(f"{self._manifest.id} is not protected yet: {error}")
                     tell_at = math.inf
-                self._stop.wait(wait_s)
-                wait_s = min(2 * wait_s, _RETRY_MAX_S)
+            self._stop.wait(wait_s)
+            wait_s = min(2 * wait_s, _RETRY_MAX_S)
         raise Stopped
 
     def _addresses(self, node: str) -> list[str]:

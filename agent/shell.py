@@ -144,6 +144,7 @@ class Agent:
             spare_memory_bytes=self._config.spare_memory_bytes,
         )
         self._lifecycle = Lifecycle(identity, adopted, monotonic())
+        self._reader.damage.told = self._damaged
         self._context = zmq.asyncio.Context()
         self._control = client_socket(self._context, identity.incarnation.encode(), self._key)
         monitor = self._control.get_monitor_socket(
@@ -432,6 +433,7 @@ class Agent:
     def _encode(self, action: ev.Encode) -> None:
         id = action.manifest.id
         self._peer_cells = action.cells
+        self._reader.damage.meet(action.cells)
         running = self._runs.get(id)
         if running is not None:
             running.update(action.manifest, action.cells, action.ranks)
@@ -483,6 +485,11 @@ class Agent:
         event = ev.Scrubbed(stats.damaged_cells, stats.mended_cells, text)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._handle, event)
+
+    def _damaged(self, node: str, cells: int) -> None:
+        """Called from threads that read cells."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._handle, ev.Damaged(node, cells))
 
     def _tell_trouble(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended

@@ -280,7 +280,11 @@ class Recoding(msgspec.Struct, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """The agent is alive."""
+    """The agent is alive.
+
+    `damaged_cells` and `mended_cells` are its own; `damaged_from` counts those that came to it from
+    each other node.
+    """
 
     node: NodeId
     incarnation: str
@@ -291,6 +295,7 @@ class Beat(Message, frozen=True):
     mended_cells: Count = 0
     recoding: tuple[Recoding, ...] = ()
     spare_bytes: Count = 0
+    damaged_from: dict[str, Count] = {}
 
 
 class Holds(Message, frozen=True):

@@ -46,6 +46,7 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "waiting_launchers": [],
         "damaged_cells": 0,
         "mended_cells": 0,
+        "sent_damaged_cells": {},
         "seen_s_ago": 0.2,
         "reasons": [],
         **changed,

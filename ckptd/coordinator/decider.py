@@ -133,6 +133,7 @@ class Coordinator:
                 node.fetching, node.recoding = message.fetching, message.recoding
                 node.damaged_cells = message.damaged_cells
                 node.mended_cells = message.mended_cells
+                node.damaged_from = message.damaged_from
             case Holds():
                 self._holds(name, message.holding, now)
                 self._look_again(message.holding.id.job, now)

@@ -64,6 +64,8 @@ class Node:
     recoding: tuple[Recoding, ...] = ()
     damaged_cells: int = 0
     mended_cells: int = 0
+    damaged_from: dict[str, int] = field(default_factory=dict)
+    """Damaged cells that came to it from each other node."""
 
 
 @dataclass

@@ -38,6 +38,19 @@ def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[s
 def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[str, Any]:
     silent_s = now - node.last_seen
     reasons = list(node.problems)
+    sent = {
+        receiver: other.damaged_from[name]
+        for receiver, other in sorted(coordinator.nodes.items())
+        if other.damaged_from.get(name)
+    }
+    if sent:
+        count = sum(sent.values())
+        to = ", ".join(f"{cells} to {receiver}" for receiver, cells in sent.items())
+        reasons.insert(
+            0,
+            f"{name} sent {count} damaged cell{'s' * (count > 1)} ({to}): look at its memory, and "
+            "at the network from it",
+        )
     if not node.live:
         reasons.insert(0, f"lost: silent for {silent_s:.0f} s")
     elif silent_s > 3 * coordinator.settings.beat_s:
@@ -66,6 +79,7 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
         "waiting_launchers": sorted(node.launchers),
         "damaged_cells": node.damaged_cells,
         "mended_cells": node.mended_cells,
+        "sent_damaged_cells": sent,
         "seen_s_ago": silent_s,
         "reasons": reasons,
     }
