@@ -71,6 +71,19 @@ class Fleet(LocalCluster):
         """SIGKILL all ranks at once."""
         self.kill(self.ranks)
 
+    def rest(self) -> SnapshotId:
+        """Stop training; returns the one snapshot that is left, once nothing is under way."""
+        self.stop_training()
+
+        def settled() -> SnapshotId | None:
+            job = self.job(JOB)
+            states = {snapshot["state"] for snapshot in job["snapshots"]}
+            if job["attached_ranks"] or states != {"protected"}:
+                return None
+            return self.protected()
+
+        return self.wait("the job to come to rest", settled, 60)
+
     def said(self, event: str) -> list[dict[str, Any]]:
         """What the ranks that run now have said of this kind."""
         lines = []

@@ -122,9 +122,7 @@ def at_rest(fleet: Fleet) -> SnapshotId:
     fleet.train()
     fleet.wait_for_start()
     fleet.wait_for_protected()
-    fleet.stop_training()
-    fleet.wait("the ranks to be missed", lambda: not fleet.job(JOB)["attached_ranks"])
-    return fleet.wait_for_protected()
+    return fleet.rest()
 
 
 def segments_of(fleet: Fleet, node: str, id: SnapshotId) -> list[Path]:
@@ -162,9 +160,7 @@ class TestWholeAgents:
         (parity,) = parity_of(here, "n2", newest)
         flip(parity, 3)
         here.train()
-        start = here.wait_for_start()
-        assert start is not None
-        assert start >= newest
+        assert here.wait_for_start() == newest
         here.wait("the count", lambda: node_of(here, "n1")["damaged_cells"] == 2)
         assert node_of(here, "n1")["mended_cells"] == 2
 
@@ -178,9 +174,7 @@ class TestWholeAgents:
         here.destroy_node("n0")
         here.places = [here.newcomer(), "n2", "n3", here.newcomer()]
         here.train()
-        start = here.wait_for_start()
-        assert start is not None
-        assert start >= newest
+        assert here.wait_for_start() == newest
         blamed = here.wait("n1 to be named", lambda: node_of(here, "n1")["sent_damaged_cells"])
         assert sum(blamed.values()) > 0
         for other in ("n2", "n3"):
@@ -202,9 +196,7 @@ class TestWholeAgents:
         here.destroy_node("n0")
         here.places[0] = here.newcomer()
         here.train()
-        start = here.wait_for_start()
-        assert start is not None
-        assert start >= newest
+        assert here.wait_for_start() == newest
 
     @pytest.mark.parametrize("token", ["other", "same"])
     def test_a_node_that_comes_back_with_old_memory(
@@ -222,17 +214,14 @@ class TestWholeAgents:
         here.train()
         here.wait_for_start()
         here.wait_for_protected(SnapshotId(JOB, older.life + 1, 0))
-        here.stop_training()
-        newest = here.wait_for_protected()
+        newest = here.rest()
         assert newest > older
         here.kill("agent-n1")
         shutil.rmtree(here.memory_of("n1"))
         shutil.copytree(tmp_path / "old", here.memory_of("n1"))
         here.start_agent("n1")
         here.train()
-        start = here.wait_for_start()
-        assert start is not None
-        assert start >= newest
+        assert here.wait_for_start() == newest
         # What was retired long ago does not come back to life, nor keep its memory.
         here.wait("it to be given up", lambda: not segments_of(here, "n1", older))
         assert older not in here.snapshots("sealed") + here.snapshots("protected")

@@ -125,9 +125,7 @@ def test_one_too_many_and_it_is_said_what_is_gone_and_what_is_left(fleet: Open) 
     here.train()
     here.wait_for_start()
     here.wait_for_protected()
-    here.stop_training()
-    here.wait("the ranks to be missed", lambda: not here.job(JOB)["attached_ranks"])
-    newest = here.wait_for_protected()
+    newest = here.rest()
     lost, left = here.places[:3], here.places[3]
     for place in range(3):
         here.destroy_node(here.places[place])
