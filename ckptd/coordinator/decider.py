@@ -377,7 +377,7 @@ class Coordinator:
         if job.round and job.round != state.round and 0 < state.life < job.life:
             return  # an old life that woke up: nothing of it counts
         before = job.attachments.get(key)
-        job.attachments[key] = Attachment(node, state)
+        job.attachments[key] = Attachment(node, state, now if before is None else before.since)
         if before is not None and before.state.shares != state.shares and state.life == job.life:
             # What it captures from now on does not fit to what others captured with it before.
             self._end_open(job, f"rank {state.rank} has a new layout", now)
@@ -498,9 +498,19 @@ class Coordinator:
             ranks.append(held.state)
         self._drop_orphans(job, min(state.seen_step for state in ranks), now)
         ours = [snapshot for snapshot in job.snapshots.values() if snapshot.id.life == job.life]
-        open_steps = [s.id.step for s in ours if s.state in (State.TICKETED, State.CAPTURING)]
-        for state in ranks:
+        open_steps = {s.id.step for s in ours if s.state in (State.TICKETED, State.CAPTURING)}
+        # A rank that has not yet heard of a ticket will take a slot for it, dropped or not.
+        dropped = [
+            (id.step, at)
+            for id, at in job.tickets
+            if id.life == job.life
+            and id.step not in open_steps
+            and now - at < self.settings.lease_s
+        ]
+        for rank, state in enumerate(ranks):
+            since = job.attachments[job.round, rank].since
             unseen = sum(step > state.seen_step for step in open_steps)
+            unseen += sum(step > state.seen_step and at >= since for step, at in dropped)
             if state.free_slots - unseen < 1:
                 return
         if not self._agree(job, ranks, now):
@@ -509,6 +519,7 @@ class Coordinator:
         used = max([state.seen_step for state in ranks] + [s.id.step for s in ours])
         id = SnapshotId(job.name, job.life, job.pacer.next_step(now, used))
         job.snapshots[id] = Snapshot(id, job.world_size, State.TICKETED, now, now)
+        job.tickets.append((id, now))
         for node in sorted(self._job_nodes(job)):
             self._send(node, TakeSnapshot(id))
 

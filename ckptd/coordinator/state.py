@@ -94,6 +94,8 @@ class Attachment:
 
     node: str
     state: RankState
+    since: float = float("-inf")
+    """When its agent last said Hello, or it attached: what was sent before may be lost."""
 
 
 @dataclass
@@ -140,6 +142,8 @@ class Job:
     """Ranks of `life` that said that the job is finished."""
     left: set[int] = field(default_factory=set)
     """Ranks of `life` that detached on purpose."""
+    tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))
+    """The newest tickets and when they were issued, those that were dropped since included."""
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
 

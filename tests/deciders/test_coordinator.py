@@ -210,6 +210,27 @@ class TestTickets:
         cluster.seal(0, id)
         assert [m.id for m in cluster.told("a", Drop) if isinstance(m, Drop)] == [id, id]
 
+    def test_a_dropped_ticket_takes_a_slot_until_its_rank_has_heard_of_it(self) -> None:
+        """Else each drop lets tickets be issued that find no slot, and are dropped in turn."""
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        for id in (first, second):
+            cluster.say("a", SnapshotFailed(id, "torn", "rank 0: written meanwhile"))
+        cluster.update(0, seen_step=second.step, free_slots=2)
+        assert len(cluster.tickets("a")) == 2  # both are still on their way to b
+        cluster.update(1, seen_step=second.step, free_slots=1)
+        assert len(cluster.tickets("a")) == 3
+
+    def test_a_ticket_that_was_lost_is_not_waited_for(self) -> None:
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        for id in cluster.tickets("a"):
+            cluster.say("a", SnapshotFailed(id, "torn", "rank 0: written meanwhile"))
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.update(0, free_slots=2)
+        assert len(cluster.tickets("a")) == 3
+
     def test_a_late_ticket_widens_the_margin(self) -> None:
         pacer = Pacer(every=1)
         pacer.start(0, 0.0)
