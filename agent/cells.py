@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 import msgspec
 
 from ckptd.agent.store import Store
+from ckptd.agent.turns import Turns
 from ckptd.digest import cell_span, digest, unpack_one
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.keys import NONCE_BYTES, ClusterKey
@@ -47,6 +48,10 @@ _IDLE_S = 120.0
 _MANIFEST_LIMIT_BYTES = 256 << 20
 _ACCEPT_RETRY_S = 0.1
 _SILENCE_S = 10.0
+_PIECE_BYTES = 1 << 20
+_SENT_AT_ONCE = 4
+_UNSENT_BYTES = 256 << 10
+_STALL_S = 0.2
 
 EncodedRow = Callable[[GetEncoded], bytes | memoryview]
 DecodedCell = Callable[[GetDecoded], bytes | memoryview]
@@ -71,6 +76,7 @@ class CellServer:
         self._listener = socket.create_server((host, port), backlog=128)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         self._room = threading.BoundedSemaphore(_CONNECTIONS_LIMIT)
+        self._turns = Turns(_SENT_AT_ONCE)
         self.bad_frames = 0
         self._closed = False
         threading.Thread(target=self._accept, name="ckptd-cells", daemon=True).start()
@@ -126,7 +132,7 @@ class CellServer:
                 case GetParity():
                     self._send_parity(conn, request)
                 case GetEncoded():
-                    self._send_bytes(conn, self._rows(request))
+                    self._send_bytes(conn, self._rows(request), request.stripe)
                 case GetDecoded():
                     self._send_bytes(conn, self._decoded(request))
                 case GetManifest():
@@ -146,18 +152,54 @@ class CellServer:
             offset, length = cell_span(request.cell, sidecar.size_bytes, sidecar.cell_bytes)
             with path.open("rb", buffering=0) as file:
                 _send_frame(conn, Payload(length, unpack_one(sidecar.digests, request.cell)))
-                _send_file(conn, file.fileno(), offset, length)
+                self._send_file(conn, file.fileno(), offset, length, request.order)
 
     def _send_parity(self, conn: socket.socket, request: GetParity) -> None:
         with self._store.parity(request.id) as parity:
             offset, length, want = parity.cell(request.group, request.stripe, request.row)
             with parity.path.open("rb", buffering=0) as file:
                 _send_frame(conn, Payload(length, want))
-                _send_file(conn, file.fileno(), offset, length)
+                self._send_file(conn, file.fileno(), offset, length)
 
-    def _send_bytes(self, conn: socket.socket, body: bytes | memoryview) -> None:
+    def _send_bytes(
+        self, conn: socket.socket, body: bytes | memoryview, order: int = 0
+    ) -> None:
         _send_frame(conn, Payload(len(body), digest(body)))
-        conn.sendall(body)
+        whole = memoryview(body)
+        self._send(conn, len(whole), order, lambda start, end: conn.send(whole[start:end]))
+
+    def _send_file(
+        self, conn: socket.socket, fd: int, offset: int, length: int, order: int = 0
+    ) -> None:
+        def send(start: int, end: int) -> int:
+            return os.sendfile(conn.fileno(), fd, offset + start, end - start)
+
+        self._send(conn, length, order, send)
+
+    def _send(
+        self, conn: socket.socket, length: int, order: int, send: Callable[[int, int], int]
+    ) -> None:
+        """Send `length` bytes piece by piece; `send(start, end)` sends some without waiting."""
+        conn.setblocking(False)
+        writable = select.poll()  # select() takes no descriptor beyond 1023
+        writable.register(conn, select.POLLOUT)
+        sent = 0
+        while sent < length:
+            end = min(length, sent + _PIECE_BYTES)
+            stalled = False
+            with self._turns.one(order):
+                while sent < end and not stalled:
+                    try:
+                        moved = send(sent, end)
+                    except BlockingIOError:
+                        stalled = not writable.poll(_STALL_S * 1000)
+                        continue
+                    if not moved:
+                        raise ConnectionResetError("the file is shorter than its manifest says")
+                    sent += moved
+            # A peer that takes nothing must not keep others from their turn.
+            if stalled and not writable.poll(PEER_TIMEOUT_S * 1000):
+                raise TimeoutError("the peer does not take the bytes")
 
 
 class Peers:
@@ -303,6 +345,8 @@ def _host_port(address: str) -> tuple[str, int]:
 def _tune(conn: socket.socket) -> None:
     conn.settimeout(PEER_TIMEOUT_S)
     conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # What is in the kernel has had its turn.
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
     # A peer whose machine has died says nothing: its connection must not be kept for ever.
     conn.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
@@ -350,21 +394,3 @@ def _receive_into(conn: socket.socket, into: memoryview) -> None:
         if not received:
             raise ConnectionResetError("the peer hung up in the middle of a message")
         into = into[received:]
-
-
-def _send_file(conn: socket.socket, fd: int, offset: int, length: int) -> None:
-    # socket.sendfile would wait without a limit; os.sendfile honours the time-out of a
-    # non-blocking socket through select.
-    end = offset + length
-    while offset < end:
-        try:
-            sent = os.sendfile(conn.fileno(), fd, offset, min(end - offset, 1 << 20))
-        except BlockingIOError:
-            poll = select.poll()  # select() takes no descriptor beyond 1023
-            poll.register(conn, select.POLLOUT)
-            if not poll.poll(PEER_TIMEOUT_S * 1000):
-                raise TimeoutError("the peer does not take the bytes") from None
-            continue
-        if not sent:
-            raise ConnectionResetError("the file is shorter than its manifest says")
-        offset += sent

@@ -814,7 +814,9 @@ class Lifecycle:
     def _leave(self, trainer: Trainer, reason: str, finished: bool) -> None:
         """A trainer is gone, though its process may still live (stopped, for one)."""
         del self.trainers[trainer.conn]
-        self._bereft.add(trainer.job)
+        record = self.records.get(trainer.job)
+        if trainer.segment_bytes and (record is None or trainer.life >= record.life):
+            self._bereft.add(trainer.job)  # an old life leaves nothing that another waits for
         self._report(
             RankLeft(trainer.job, trainer.round, trainer.life, trainer.rank, reason, finished)
         )

@@ -279,11 +279,11 @@ class EncodeRun:
         lengths = [self._cell_length(member, cell) for member, cell in stripe.data]
         length = max(lengths)
         rows = [memoryview(bytearray(length)) for _ in stripe.parity]
-        reads = [partial(self._read, member, cell) for member, cell in stripe.data]
+        reads = [partial(self._read, stripe, member, cell) for member, cell in stripe.data]
         encode_cells(self._reader, self._codec, self._manifest.cell_bytes, reads, rows)
         return rows
 
-    def _read(self, member: int, cell: int | None, into: memoryview) -> int:
+    def _read(self, stripe: Stripe, member: int, cell: int | None, into: memoryview) -> int:
         """A data cell's length; a virtual one has none."""
         if cell is None:
             return 0
@@ -295,6 +295,7 @@ class EncodeRun:
             self._manifest.cell_bytes,
             self._addresses(self._group.members[member].node),
             into,
+            stripe.number,
         )
 
     def _collect_rows(self) -> None:

@@ -37,8 +37,11 @@ class CellReader:
         cell_bytes: int,
         addresses: Sequence[str],
         into: memoryview,
+        order: int = 0,
     ) -> int:
         """Read one data cell into `into`, from here or from the first address that has it whole.
+
+        A peer that has many requests answers those of the lowest `order` first.
 
         Returns its length in bytes. Raises CorruptData if some copy was there but wrong, Gone if
         nobody has it, OSError if nobody could be reached.
@@ -50,7 +53,7 @@ class CellReader:
         for address in ("", *addresses):
             try:
                 if address:
-                    request = GetCell(id, segment.rank, index)
+                    request = GetCell(id, segment.rank, index, order)
                     got, _ = self.peers.fetch(address, request, into[:length])
                 else:
                     got = self._local_cell(id, segment.rank, index, into[:length])

@@ -394,6 +394,16 @@ class TestTrainersThatEnd:
         assert node.ticket(snapshot(2, 8), conn=2) == kept
         assert node.files == files
 
+    def test_a_process_of_an_old_life_leaves_its_slots_to_nobody(self) -> None:
+        """It was stopped, and dies when the next life has long had slots of its own."""
+        node = Node()
+        node.train()
+        old = set(node.files)
+        node.train(conn=2, life=2, round_="r2")
+        node.do(ev.LocalGone(1, "its process ended", dead=True))
+        assert not old & node.files
+        assert len(node.slots()) == 2
+
     def test_all_ranks_of_a_node_die_one_after_another(self) -> None:
         """Slots of the first are still there when the last is dead."""
         node = Node()
