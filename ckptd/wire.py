@@ -542,11 +542,12 @@ AgentToLauncher = Here | Work | Rejected
 
 
 class GetCell(Message, frozen=True):
-    """Cell `cell` of the segment of `rank`."""
+    """Cell `cell` of the segment of `rank`. Of many requests, those of the lowest order go first."""
 
     id: SnapshotId
     rank: Count
     cell: Count
+    order: Count = 0
 
 
 class GetParity(Message, frozen=True):

@@ -102,11 +102,13 @@ class Coordinator:
         """Jobs that were forgotten, and their last life: a node that was away may still hold it."""
         self._peers: dict[bytes, str] = {}
         self._out: list[Send] = []
+        self._awake_at = now
 
     # The two entries.
 
     def handle(self, peer: bytes, message: AgentMessage, now: float) -> list[Send]:
         """Take in one message of an agent."""
+        self._take_note_of_time(now)
         if isinstance(message, Hello):
             self._hello(peer, message, now)
             return self._flush()
@@ -164,6 +166,7 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Send]:
         """Let time pass: leases run out, waiting resumes are looked at again."""
+        self._take_note_of_time(now)
         for name, node in self.nodes.items():
             if node.live and now - node.last_seen >= self.settings.lease_s:
                 self._node_lost(name, now)
@@ -221,6 +224,15 @@ class Coordinator:
                     raise InternalError(f"{snapshot.id} is of a life that was not granted")
 
     # Membership.
+
+    def _take_note_of_time(self, now: float) -> None:
+        """If this process was stopped for long, no node was silent: nobody could be heard."""
+        away_s, self._awake_at = now - self._awake_at, now
+        if away_s < self.settings.lease_s / 2:
+            return
+        self.started_at += away_s
+        for node in self.nodes.values():
+            node.last_seen = min(now, node.last_seen + away_s)
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
         old = self.nodes.get(hello.node)

@@ -133,6 +133,27 @@ class TestMembership:
         assert cluster.told("a", Drop) == cluster.told("b", Drop)
 
 
+    def test_a_coordinator_that_was_stopped_gives_up_nobody(self) -> None:
+        """It could not hear them; what they said meanwhile is taken in after the tick, perhaps."""
+        cluster = trained("a", "b", spares=("s",))
+        cluster.wait_for_launcher("s")
+        cluster.now += 10 * cluster.settings.lease_s
+        cluster.deliver(cluster.coordinator.tick(cluster.now))
+        assert all(node.live for node in cluster.coordinator.nodes.values())
+        assert not cluster.told("s", Activate)
+        cluster.destroy("b")
+        assert cluster.told("s", Activate)
+
+    def test_a_coordinator_that_was_stopped_is_not_settled(self) -> None:
+        """The time in which it could hear of nobody does not count as time to hear of all."""
+        cluster = Cluster("s")
+        cluster.attach("r1", "s")
+        cluster.now += 10 * cluster.settings.lease_s
+        assert cluster.ask() is None
+        cluster.pass_time(cluster.settings.lease_s)
+        assert cluster.granted("s")
+
+
 class TestTickets:
     def test_a_ticket_waits_for_a_free_slot_on_every_rank(self) -> None:
         cluster = Cluster("a", "b", "c")
