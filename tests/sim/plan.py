@@ -120,7 +120,7 @@ def draw(seed: int) -> Plan:
         duplicate=rng.choice([0.0, 0.0, 0.02]),
         crash_between=rng.choice([0.0, 0.0, 0.0, 0.002]),
         interval_s={name: rng.uniform(2.0, 15.0) for name in chosen},
-        faults_s=rng.uniform(10.0, 30.0),
+        faults_s=rng.uniform(15.0, 45.0),
     )
 
 

@@ -274,7 +274,8 @@ class Truth:
                 slots = [s for s in machine.agent.lifecycle.slots.values() if s.job == job.name]
                 run = job.run
                 ranks = sum(t.machine is machine for t in run.trainers) if run is not None else 0
-                segments = [s for s in slots if not s.parity]
+                # Free ones are kept where the job was, for its next life there.
+                segments = [s for s in slots if not s.parity and (ranks or s.use is not Use.FREE)]
                 parities = [s for s in slots if s.parity and s.use is not Use.FREE]
                 if len(segments) > ranks * (self._world.plan.slots + 1) + (1 if ranks else 0):
                     raise Violation(
