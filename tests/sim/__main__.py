@@ -25,7 +25,7 @@ def main(
 ) -> None:
     """Let the deciders live through faults, and say what they did wrong."""
     if seed is not None:
-        outcome = live_through(seed, lines=None if story else 60)
+        outcome = live_through(seed, lines=None if story else 80)
         for line in outcome.story:
             if about in line:
                 click.echo(line)

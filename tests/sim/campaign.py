@@ -12,7 +12,7 @@ from ckptd.coordinator.decider import Coordinator
 from .plan import Plan, draw
 from .world import World
 
-_LINES_SHOWN = 60
+_LINES_SHOWN = 80
 _CHUNK = 4
 
 
@@ -48,9 +48,9 @@ def live_through(
     lines: int | None = _LINES_SHOWN,
     plan: Plan | None = None,
 ) -> Outcome:
-    """One seed, to its end or to its first violation. `lines` of the story are kept of that."""
+    """One seed, to its end or to its first violation, with the last `lines` of its story."""
     plan = plan or draw(seed)
-    world = World(plan, coordinator_kind, lifecycle_kind)
+    world = World(plan, coordinator_kind, lifecycle_kind, lines)
     failure = trace = ""
     try:
         world.run()
@@ -61,7 +61,7 @@ def live_through(
         seed, plan, world.simulated_s, world.clock.events, world.counts, failure, trace
     )
     if failure or lines is None:
-        outcome.story = world.story.lines(lines)
+        outcome.story = world.story.lines()
     return outcome
 
 

@@ -75,9 +75,7 @@ class Faults:
         job = self._job()
         if job is None or job.run is None:
             return False
-        for trainer in job.run.trainers:
-            trainer.leave()
-        self._clock.at(self._uniform(0.1, 0.5), job.fail)
+        job.restart()
         return True
 
     # Agents and nodes.

@@ -236,13 +236,15 @@ class Trainer(Local):
                 pass
 
     def _rejected(self, kind: str, reason: str) -> None:
+        if self.run.over:
+            return
         if kind == "MemoryTooSmall":
             raise Violation(f"{self.name}: {reason}")
-        if self._asked is None:
+        asked, self._asked = self._asked, None
+        if asked is None:
             return
-        self._asked = None
-        if kind == "ResumeImpossible":
-            self.run.impossible(reason)
+        if isinstance(asked, AskResume):
+            self.run.impossible(kind, reason)
         else:
             self.run.loaded(self, reason)
 
@@ -367,14 +369,17 @@ class Run:
             self.trainers[0].ask(AskResume(()))
 
     def granted(self, message: Granted) -> None:
+        if self.over:
+            return
         self.world.truth.granted(self, message)
         self.life, self.id = message.life, message.id
         self._answers = {}
         for trainer in self.trainers:
             trainer.when_awake((0.001, 0.05), trainer.load, message.life, message.id)
 
-    def impossible(self, reason: str) -> None:
-        self.world.truth.refused(self, reason)
+    def impossible(self, kind: str, reason: str) -> None:
+        if kind == "ResumeImpossible":
+            self.world.truth.refused(self, reason)
         self.job.fail()
 
     def loaded(self, trainer: Trainer, failure: str) -> None:
@@ -458,6 +463,15 @@ class TrainingJob:
         if not self._launching:
             self._launching = True
             self.world.clock.later(range_s, self.launch)
+
+    def restart(self) -> None:
+        """The ranks say goodbye, and another run is started."""
+        if self.run is not None and not self.run.over:
+            self.run.over = True
+            for trainer in self.run.trainers:
+                trainer.when_awake((0.0, 0.1), trainer.leave)
+                self.world.clock.later((0.3, 0.5), trainer.die)
+            self._launch_in((0.5, 1.5))
 
     def fail(self, zombies: bool = False) -> None:
         """The run is over, and another is started."""

@@ -151,13 +151,11 @@ class Fetching:
             members = source.manifest.groups[group].members
             asked.append((members[member].node, [other.node for other in members]))
         for node, keepers in asked:
-            found = self._agent.node_manifest(id, node)
-            for keeper in keepers:
-                peer = self._peer(keeper)
-                if found is None and peer is not None:
-                    found = peer.node_manifest(id, node)
-            if found is not None and rank in found:
-                return found[rank]
+            peers = [self._agent, *map(self._peer, keepers)]
+            for peer in peers:
+                found = peer.node_manifest(id, node) if peer is not None else None
+                if found is not None and rank in found:
+                    return found[rank]
         return None
 
     def _copy(self, rank: int, digests: State) -> State | None:

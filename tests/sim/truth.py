@@ -77,6 +77,8 @@ class Truth:
 
     def loaded(self, trainer: "Trainer", id: SnapshotId, rank: int, file: File | None) -> None:
         """A rank reads a segment: it must be what was captured, bit for bit."""
+        if trainer.run.over:
+            return  # a process of an old life that wakes up; nothing waits for it any more
         path = self._paths.get((id.job, id.life, id.step))
         want = State(id.job, rank, id.step, path or "?")
         if file is None or file.header != (id, rank) or file.data != want:

@@ -27,11 +27,13 @@ class World:
         plan: Plan,
         coordinator_kind: type[Coordinator] = Coordinator,
         lifecycle_kind: type[Lifecycle] = Lifecycle,
+        story_lines: int | None = 2000,
     ) -> None:
+        """`story_lines`: how many of the last lines of the story are kept; None: all."""
         self.plan, self.lifecycle_kind = plan, lifecycle_kind
         self.clock = Clock(f"world {plan.seed}")
         self.fault_random = random.Random(f"faults {plan.seed}")
-        self.story = Story(self.clock)
+        self.story = Story(self.clock, story_lines)
         self.counts: Counter[str] = Counter()
         self.faults_on = True
         self.machines: dict[str, Machine] = {}
