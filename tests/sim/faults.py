@@ -6,6 +6,8 @@ promised. So whatever is lost then was lost by one of ours.
 
 from typing import TYPE_CHECKING
 
+from ckptd.ids import SnapshotId
+
 from .agents import Agent, Machine
 from .disk import Damaged
 from .trainers import SpareLauncher, TrainingJob
@@ -200,13 +202,15 @@ class Faults:
     def flip_bit(self) -> bool:
         """In a sealed segment, or in parity, at rest."""
         machine = self._machine()
-        names = [n for n, f in machine.disk.files.items() if f.header or n in machine.disk.parity_seals]
+        disk = machine.disk
+        names = [n for n, f in disk.files.items() if f.header or n in disk.parity_seals]
         if not names:
             return False
         name = self._random.choice(names)
-        file = machine.disk.files[name]
-        before, file.data = file.data, Damaged(file.data)
-        if not self._harmless(name):
+        file = disk.files[name]
+        before, at_stake = file.data, self._at_stake(name)
+        file.data = Damaged(file.data)
+        if not self._harmless(at_stake):
             file.data = before
             return False
         self._world.story.tell(machine.name, "a bit flips in", name)
@@ -215,12 +219,13 @@ class Faults:
     def lose_file(self) -> bool:
         """While the agent is away."""
         machine = self._machine()
-        if machine.agent is None or not machine.disk.files:
-            return False
-        name = self._random.choice(list(machine.disk.files))
         disk = machine.disk
+        if machine.agent is None or not disk.files:
+            return False
+        name = self._random.choice(list(disk.files))
+        at_stake = self._at_stake(name)
         kept = disk.files.pop(name), disk.seals.pop(name, None), disk.parity_seals.pop(name, None)
-        if not self._harmless(name):
+        if not self._harmless(at_stake):
             disk.files[name] = kept[0]
             if kept[1] is not None:
                 disk.seals[name] = kept[1]
@@ -231,5 +236,10 @@ class Faults:
         machine.kill_agent((0.05, 0.5))
         return True
 
-    def _harmless(self, name: str) -> bool:
-        return name.split("/")[0] in self._world.truth.promises and self._world.truth.keep_promises()
+    def _at_stake(self, name: str) -> list[SnapshotId]:
+        """What the loss of a file must leave restorable; nothing protects a job on one node."""
+        job = self._world.jobs[name.split("/")[0]]
+        return self._world.truth.at_stake(job.name) if job.nodes > 1 else []
+
+    def _harmless(self, at_stake: list[SnapshotId]) -> bool:
+        return bool(at_stake) and all(self._world.truth.restorable(id) for id in at_stake)

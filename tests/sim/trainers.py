@@ -185,6 +185,8 @@ class Trainer(Local):
         self._tickets: dict[int, Ticket] = {}
         self.copying = 0
         """Captures whose copy is not complete: the gate waits for them."""
+        self.captures = 0
+        """Those that are not sealed."""
         super().__init__(machine, f"{run.job.name}.{run.round}.{rank}")
 
     # Talking to the agent.
@@ -304,6 +306,7 @@ class Trainer(Local):
         file.writer = self
         file.data, state = Damaged("half a copy"), self.memory
         self.copying += 1
+        self.captures += 1
         low, high = self.plan.capture_s
         slow = 10 if self.clock.random.random() < self.plan.tail else 1
         self.when_awake((low, high * slow), self._copied, id, name, file, state)
@@ -313,6 +316,7 @@ class Trainer(Local):
         if self.clock.random.random() < self.plan.torn:
             self.world.count("capture torn")
             file.writer = None
+            self.captures -= 1
             self.say(CaptureFailed(id, "torn", "something wrote to it"))
             return
         file.data = state
@@ -324,12 +328,16 @@ class Trainer(Local):
 
         def publish() -> None:
             file.header, file.writer = (id, self.rank), None
+            self.captures -= 1
             self.say(Sealed(id))
 
         self.when_awake((0.0, 0.001), publish)
 
     def leave(self) -> None:
-        """`close()`: it says goodbye, and ends."""
+        """`close()`: it waits for the capture that is under way, says goodbye, and ends."""
+        if self.captures:
+            self.when_awake((0.05, 0.1), self.leave)
+            return
         self.say(Detach(False))
         self.when_awake((0.01, 0.05), self.die)
 
@@ -470,8 +478,7 @@ class TrainingJob:
             self.run.over = True
             for trainer in self.run.trainers:
                 trainer.when_awake((0.0, 0.1), trainer.leave)
-                self.world.clock.later((0.3, 0.5), trainer.die)
-            self._launch_in((0.5, 1.5))
+            self._launch_in((1.0, 2.0))
 
     def fail(self, zombies: bool = False) -> None:
         """The run is over, and another is started."""

@@ -97,7 +97,7 @@ class EncodeRun:
         )
         self._agent.parities[id] = self._name
         self._ended = True
-        self._agent.world.truth.encoded(id, self._agent.machine.name)
+        self._agent.world.truth.encoded(id, self._agent.machine.name, self._manifest)
         self._agent.in_background(_DONE_S, self._tell, ev.Encoded(id))
 
 

@@ -11,7 +11,7 @@ from ckptd.wire import AgentMessage, Commit, Grant, Granted, Hello, Holds, Recor
 
 from .disk import File, State
 from .kernel import Violation
-from .transfers import restorable
+from . import transfers
 
 if TYPE_CHECKING:
     from .agents import Machine
@@ -34,6 +34,8 @@ class Truth:
         """Snapshots of each job that a coordinator has seen sealed by all ranks."""
         self.commits: dict[str, int] = {}
         self._encoded: set[tuple[SnapshotId, str]] = set()
+        self._complete: dict[str, set[SnapshotId]] = {}
+        """Snapshots of each job that all nodes have encoded, committed or not."""
         self._captured: set[tuple[SnapshotId, int]] = set()
         self._tickets: dict[SnapshotId, int] = {}
         self._lives: dict[tuple[str, int], tuple[str, SnapshotId | None]] = {}
@@ -180,7 +182,7 @@ class Truth:
             raise Violation(f"{id} was committed, and {', '.join(lacking)} never encoded it")
         promise = self.promises.get(id.job)
         if promise is None or id > promise.id:
-            if not self._restorable(id):
+            if not self.restorable(id):
                 return  # what was reported is gone again; nothing is freed for it by the agents
             self.promises[id.job] = manifest
             self.commits[id.job] = self.commits.get(id.job, 0) + 1
@@ -202,40 +204,48 @@ class Truth:
 
     # Memory.
 
-    def encoded(self, id: SnapshotId, node: str) -> None:
+    def encoded(self, id: SnapshotId, node: str, manifest: JobManifest) -> None:
+        """A node has all its parity of a snapshot."""
         self._encoded.add((id, node))
+        members = [m.node for g in manifest.groups if g.parity_shards for m in g.members]
+        if all((id, member) in self._encoded for member in members):
+            self._complete.setdefault(id.job, set()).add(id)
 
     def freed(self, id: SnapshotId) -> None:
         """An agent has destroyed something of a snapshot."""
         promise = self.promises.get(id.job)
         if promise is not None:
-            if promise.id == id and not self._restorable(id):
+            if promise.id == id and not self.restorable(id):
                 raise Violation(f"{id}, the newest protected snapshot, was freed")
             return
         known = self.sealed.get(id.job, set())
         if id in known and not any(
-            self._restorable(other) for other in sorted(known)
+            self.restorable(other) for other in sorted(known)
         ):
             raise Violation(f"{id} was freed, and was all that {id.job} had")
 
-    def _restorable(self, id: SnapshotId, without: "Machine | None" = None) -> bool:
+    def restorable(self, id: SnapshotId, without: "Machine | None" = None) -> bool:
         machines = self._world.machines.values()
         disks = [m.disk for m in machines if m.alive and m is not without]
-        return restorable(id, self._world.jobs[id.job].ranks, disks)
+        return transfers.restorable(id, self._world.jobs[id.job].ranks, disks)
 
     def survives(self, machine: "Machine") -> bool:
-        """Whether all that was promised can be restored without what is on this node."""
+        """Whether nothing that is protected, or is about to be, is lost with this node."""
         for job in self._world.jobs.values():
-            promise = self.promises.get(job.name)
-            if promise is not None:
-                if not self._restorable(promise.id, machine):
-                    return False
-            elif job.name in machine.disk.records or machine in job.pool:
-                return False  # nothing was promised yet
+            if job.name not in self.promises:
+                if job.name in machine.disk.records or machine in job.pool:
+                    return False  # nothing was promised yet
+            elif any(not self.restorable(id, machine) for id in self.at_stake(job.name)):
+                return False
         return True
 
-    def keep_promises(self) -> bool:
-        return all(self._restorable(p.id) for p in self.promises.values())
+    def at_stake(self, job: str) -> list[SnapshotId]:
+        """What a fault by itself must leave restorable."""
+        promise = self.promises.get(job)
+        if promise is None:
+            return []
+        ids = {promise.id, *(id for id in self._complete.get(job, ()) if id > promise.id)}
+        return [id for id in sorted(ids) if self.restorable(id)]
 
     # At all times, and at the end.
 
