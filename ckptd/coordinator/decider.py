@@ -616,13 +616,22 @@ class Coordinator:
             self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
 
     def _better(self, job: Job, snapshot: Snapshot) -> SnapshotId | None:
-        """One that survives more losses, and is newer, or was to be replaced by this one."""
+        """One that survives more losses, and is newer, or was to be replaced by this one.
+
+        One that was protected is better than one that never was, even if it has since lost so much
+        that it surely survives no more: what is known of the other is only that it was sealed.
+        """
         ancestors = self._chain(job, snapshot.id)
         margin = recovery.margin(snapshot.manifest, self.live_holdings(snapshot.id))
         for id in sorted(job.snapshots, reverse=True):
-            manifest, holdings = job.snapshots[id].manifest, self.live_holdings(id)
-            comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
-            if comparable and recovery.margin(manifest, holdings) > margin:
+            other, holdings = job.snapshots[id], self.live_holdings(id)
+            if not (id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)):
+                continue
+            its = recovery.margin(other.manifest, holdings)
+            if its > margin:
+                return id
+            protected = other.state is State.PROTECTED and its == margin
+            if protected and recovery.judge(other.manifest, other.world_size, holdings).restorable:
                 return id
         return None
 
