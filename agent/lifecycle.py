@@ -780,7 +780,7 @@ class Lifecycle:
             paths = tuple(self._path(slot.name) for slot in self._free_slots(trainer))
             self._tell(trainer.conn, LayoutOpened(trainer.segment_bytes, paths))
             self._report_rank(trainer, now)
-            if all(t.segment_bytes for t in self.trainers.values() if t.job == trainer.job):
+            if all(t.segment_bytes for t in self._of_last_life(trainer.job)):
                 self._bereft.discard(trainer.job)
             self._trim(trainer.job)
 
@@ -1056,7 +1056,7 @@ class Lifecycle:
 
     def _trim(self, job: str) -> None:
         """Give back what no trainer and no snapshot needs."""
-        trainers = [t for t in self.trainers.values() if t.job == job]
+        trainers = self._of_last_life(job)
         # Trainers that have not opened a layout yet will claim what their forerunners left.
         kept = job in self.records and (
             job in self._bereft or not trainers or not all(t.segment_bytes for t in trainers)
@@ -1065,6 +1065,12 @@ class Lifecycle:
             needed = kept or (slot.parity and job in self.records)
             if slot.job == job and slot.use is Use.FREE and slot.owner is None and not needed:
                 self._delete(slot)
+
+    def _of_last_life(self, job: str) -> list[Trainer]:
+        """Its trainers here, but for processes of older lives that are not dead yet."""
+        trainers = [t for t in self.trainers.values() if t.job == job]
+        life = max((t.life for t in trainers), default=0)
+        return [t for t in trainers if t.life == life]
 
     def _new_name(self, job: str, kind: str) -> str:
         suffix = ".safetensors" if kind == "segment" else ".cells"
