@@ -165,9 +165,13 @@ class SpareLauncher(Local):
 
     def hear(self, message: object) -> None:
         if isinstance(message, Work):
-            self.world.truth.spare_called(self.job, self.machine)
-            self.job.pool.append(self.machine)
-            self.die()
+            self.world.count("spare called")
+            self.join()
+
+    def join(self) -> None:
+        """Its node is the job's from now on."""
+        self.job.pool.append(self.machine)
+        self.die()
 
 
 class Trainer(Local):
@@ -453,14 +457,19 @@ class TrainingJob:
         self.refusals: list[str] = []
         self._rounds = itertools.count(1)
         self._launching = False
+        self._by_hand = False
+        """Somebody starts it; for a job that was stopped on purpose, no spare is called."""
 
     def launch(self) -> None:
         """As soon as there are nodes enough."""
         self._launching = False
         self.pool = list({id(m): m for m in self.pool if m.alive}.values())
         if len(self.pool) < self.nodes:
+            if self._by_hand:
+                self._take_spares()
             self._launch_in((0.2, 0.5))
             return
+        self._by_hand = False
         chosen = self.pool[: self.nodes]
         if not self.world.plan.stable_ranks:
             chosen = self.world.clock.random.sample(self.pool, self.nodes)
@@ -472,10 +481,16 @@ class TrainingJob:
             self._launching = True
             self.world.clock.later(range_s, self.launch)
 
+    def _take_spares(self) -> None:
+        machines = [m for m in self.world.machines.values() if m.alive]
+        for process in [p for m in machines for p in m.processes]:
+            if isinstance(process, SpareLauncher) and process.job is self:
+                process.join()
+
     def restart(self) -> None:
         """The ranks say goodbye, and another run is started."""
         if self.run is not None and not self.run.over:
-            self.run.over = True
+            self.run.over = self._by_hand = True
             for trainer in self.run.trainers:
                 trainer.when_awake((0.0, 0.1), trainer.leave)
             self._launch_in((1.0, 2.0))

@@ -15,7 +15,7 @@ from . import transfers
 
 if TYPE_CHECKING:
     from .agents import Machine
-    from .trainers import Run, TrainingJob, Trainer
+    from .trainers import Run, Trainer
     from .world import World
 
 MOST_SLOTS_EXTRA = 3
@@ -169,8 +169,9 @@ class Truth:
         if snapshot is None or manifest is None:
             return
         alone = not any(group.parity_shards for group in manifest.groups)
-        if snapshot.state is not Phase.PROTECTED and not alone:
-            return  # permission to free what it replaces, though it is not protected
+        complete = id in self._complete.get(id.job, ())
+        if snapshot.state is not Phase.PROTECTED and not alone and not complete:
+            return  # permission to free what it replaces, though it was never protected
         lacking = [
             member.node
             for group in manifest.groups
@@ -197,10 +198,6 @@ class Truth:
                 return True
             of = start
         return id.life == of.life and id.step < of.step
-
-    def spare_called(self, job: "TrainingJob", machine: "Machine") -> None:
-        """A spare takes a place."""
-        self._world.count("spare called")
 
     # Memory.
 
