@@ -282,7 +282,7 @@ class Coordinator:
             self._holds(hello.node, holding, now)
         known = {holding.id for holding in hello.holdings}
         for job in list(self.jobs.values()):
-            self._resend_orders(job, hello.node, known, now)
+            self._resend_orders(job, hello.node, known, fresh, now)
         for state in hello.ranks:
             self._rank_report(hello.node, state, now)
         for job in list(self.jobs.values()):
@@ -300,12 +300,20 @@ class Coordinator:
         job.vacancies, job.finished, job.left = {}, set(), set()
         job.resumed_from = choice.origin(record)
 
-    def _resend_orders(self, job: Job, node: str, held: set[SnapshotId], now: float) -> None:
-        """Orders are idempotent: give `node` those that it may have missed."""
+    def _resend_orders(
+        self, job: Job, node: str, held: set[SnapshotId], fresh: bool, now: float
+    ) -> None:
+        """Orders are idempotent: give `node` those that it may have missed.
+
+        `fresh`: its agent was restarted, and captures that were under way are lost.
+        """
         for snapshot in list(job.snapshots.values()):
             if snapshot.state in (State.TICKETED, State.CAPTURING):
-                ours = snapshot.id.life == job.life and node in job.members.values()
-                if ours and snapshot.id not in held:
+                ranks = [rank for rank, where in job.members.items() if where == node]
+                lost = snapshot.id not in held or (
+                    fresh and not all(self._holds_rank(snapshot.id, rank) for rank in ranks)
+                )
+                if snapshot.id.life == job.life and ranks and lost:
                     self._end(job, snapshot, State.DROPPED, f"the agent on {node} was away", now)
             elif snapshot.state is State.SEALED and snapshot.manifest is not None:
                 if snapshot.manifest.place_of(node) is not None:

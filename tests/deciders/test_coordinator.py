@@ -243,6 +243,25 @@ class TestTickets:
         cluster.update(1, seen_step=second.step, free_slots=1)
         assert len(cluster.tickets("a")) == 3
 
+    def test_a_restarted_agent_with_one_of_two_segments_ends_the_capture(self) -> None:
+        """The other was under way when it died, and will never come."""
+        cluster = trained("a", "a", "b")
+        id = cluster.tickets("a")[0]
+        for rank in (0, 2):
+            cluster.seal(rank, id)
+        cluster.restart_agent("a", ranks=True)
+        assert id not in cluster.coordinator.jobs[JOB].snapshots
+        assert [drop.id for drop in cluster.told("b", Drop) if isinstance(drop, Drop)] == [id]
+
+    def test_an_agent_that_only_reconnects_goes_on_with_the_capture(self) -> None:
+        cluster = trained("a", "a", "b")
+        id = cluster.tickets("a")[0]
+        for rank in (0, 2):
+            cluster.seal(rank, id)
+        cluster.hello("a")
+        cluster.seal(1, id)
+        assert cluster.told("b", Protect)
+
     def test_a_ticket_that_was_lost_is_not_waited_for(self) -> None:
         cluster = trained("a", "b")
         cluster.update(0, step=1)
