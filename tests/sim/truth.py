@@ -7,7 +7,7 @@ from ckptd.coordinator.decider import Send
 from ckptd.coordinator.state import State as Phase
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest
-from ckptd.wire import AgentMessage, Commit, Grant, Granted, Hello, Holds, Record, TakeSnapshot
+from ckptd.wire import AgentMessage, Commit, Grant, Granted, Hello, Holds, Record
 
 from .disk import File, State
 from .kernel import Violation
@@ -28,7 +28,7 @@ class Truth:
 
     def __init__(self, world: "World") -> None:
         self._world = world
-        self.promises: dict[str, JobManifest] = {}
+        self.promises: dict[str, SnapshotId] = {}
         """The newest snapshot of each job that was protected: it must stay restorable."""
         self.sealed: dict[str, set[SnapshotId]] = {}
         """Snapshots of each job that a coordinator has seen sealed by all ranks."""
@@ -37,7 +37,6 @@ class Truth:
         self._complete: dict[str, set[SnapshotId]] = {}
         """Snapshots of each job that all nodes have encoded, committed or not."""
         self._captured: set[tuple[SnapshotId, int]] = set()
-        self._tickets: dict[SnapshotId, int] = {}
         self._lives: dict[tuple[str, int], tuple[str, SnapshotId | None]] = {}
         """(job, life) to the round that it was granted to, and the snapshot."""
         self._owners: dict[tuple[str, int], Run] = {}
@@ -91,7 +90,7 @@ class Truth:
         """The job is told that it cannot go on: never, as long as a promise can be kept."""
         promise = self.promises.get(run.job.name)
         if promise is not None and not run.rejected:
-            raise Violation(f"{run.job.name} was refused, though {promise.id} is there: {reason}")
+            raise Violation(f"{run.job.name} was refused, though {promise} is there: {reason}")
         run.job.refusals.append(reason)
 
     # The coordinator.
@@ -125,10 +124,6 @@ class Truth:
                 self._grants(grant)
             case Commit(id, retire):
                 self._commits(id, retire)
-            case TakeSnapshot(id):
-                number = self._world.coordinator.number
-                if self._tickets.setdefault(id, number) != number:
-                    raise Violation(f"two coordinators gave a ticket for {id}")
             case Record(record):
                 if (record.job, record.life) in self._lives:
                     _, start = self._lives[record.job, record.life]
@@ -153,9 +148,9 @@ class Truth:
         promise = self.promises.get(grant.job)
         run = self._world.jobs[grant.job].run
         rejected = run.rejected if run is not None else ()
-        if promise is not None and (grant.id is None or grant.id < promise.id):
-            if promise.id not in rejected:
-                raise Violation(f"{grant.id} is granted, though {promise.id} was protected")
+        if promise is not None and (grant.id is None or grant.id < promise):
+            if promise not in rejected:
+                raise Violation(f"{grant.id} is granted, though {promise} was protected")
 
     def _commits(self, id: SnapshotId, retire: tuple[SnapshotId, ...]) -> None:
         decider = self._world.coordinator.decider
@@ -182,10 +177,10 @@ class Truth:
         if lacking:
             raise Violation(f"{id} was committed, and {', '.join(lacking)} never encoded it")
         promise = self.promises.get(id.job)
-        if promise is None or id > promise.id:
+        if promise is None or id > promise:
             if not self.restorable(id):
                 return  # what was reported is gone again; nothing is freed for it by the agents
-            self.promises[id.job] = manifest
+            self.promises[id.job] = id
             self.commits[id.job] = self.commits.get(id.job, 0) + 1
 
     def _is_ancestor(self, id: SnapshotId, of: SnapshotId) -> bool:
@@ -212,8 +207,11 @@ class Truth:
         """An agent has destroyed something of a snapshot."""
         promise = self.promises.get(id.job)
         if promise is not None:
-            if promise.id == id and not self.restorable(id):
-                raise Violation(f"{id}, the newest protected snapshot, was freed")
+            if promise == id and not self.restorable(id):
+                newer = [other for other in self.at_stake(id.job) if other > id]
+                if not newer:
+                    raise Violation(f"{id}, the newest protected snapshot, was freed")
+                self.promises[id.job] = newer[-1]
             return
         known = self.sealed.get(id.job, set())
         if id in known and not any(
@@ -241,7 +239,7 @@ class Truth:
         promise = self.promises.get(job)
         if promise is None:
             return []
-        ids = {promise.id, *(id for id in self._complete.get(job, ()) if id > promise.id)}
+        ids = {promise, *(id for id in self._complete.get(job, ()) if id > promise)}
         return [id for id in sorted(ids) if self.restorable(id)]
 
     # At all times, and at the end.
