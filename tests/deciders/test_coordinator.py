@@ -396,6 +396,21 @@ class TestShares:
 
 
 class TestProtectAndCommit:
+    def test_what_was_protected_is_not_freed_for_what_never_was(self) -> None:
+        """It has lost some of its parity: now neither surely survives the loss of a node."""
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        cluster.protect(first)
+        cluster.seal_all(second)
+        held = cluster.nodes["a"].holdings[first]
+        cluster.say("a", Holds(msgspec.structs.replace(held, parity=False)))
+        cluster.say("b", SnapshotFailed(second, "dropped", "a segment of it is damaged"))
+        retired = [id for m in cluster.told("a", Commit) for id in m.retire]
+        assert first not in retired
+        assert states(cluster)[1, first.step] is State.PROTECTED
+        assert second in [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
+
     def test_sealed_by_all_is_to_be_protected_by_all(self) -> None:
         cluster = trained("a", "b", "c", "d")
         id = cluster.tickets("a")[0]
