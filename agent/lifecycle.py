@@ -847,7 +847,7 @@ class Lifecycle:
             paths = tuple(self._path(slot.name) for slot in self._free_slots(trainer))
             self._tell(trainer.conn, LayoutOpened(trainer.segment_bytes, paths))
             self._report_rank(trainer, now)
-            if all(t.segment_bytes for t in self.trainers.values() if t.job == trainer.job):
+            if all(t.segment_bytes for t in self._of_last_life(trainer.job)):
                 self._bereft.discard(trainer.job)
             self._trim(trainer.job)
 
@@ -881,7 +881,9 @@ class Lifecycle:
     def _leave(self, trainer: Trainer, reason: str, finished: bool) -> None:
         """A trainer is gone, though its process may still live (stopped, for one)."""
         del self.trainers[trainer.conn]
-        self._bereft.add(trainer.job)
+        record = self.records.get(trainer.job)
+        if trainer.segment_bytes and (record is None or trainer.life >= record.life):
+            self._bereft.add(trainer.job)  # an old life leaves nothing that another waits for
         self._report(
             RankLeft(trainer.job, trainer.round, trainer.life, trainer.rank, reason, finished)
         )
@@ -1139,7 +1141,7 @@ class Lifecycle:
 
     def _trim(self, job: str) -> None:
         """Give back what no trainer and no snapshot needs."""
-        trainers = [t for t in self.trainers.values() if t.job == job]
+        trainers = self._of_last_life(job)
         # Trainers that have not opened a layout yet will claim what their forerunners left.
         kept = job in self.records and (
             job in self._bereft or not trainers or not all(t.segment_bytes for t in trainers)
@@ -1148,6 +1150,12 @@ class Lifecycle:
             needed = kept or (slot.parity and job in self.records)
             if slot.job == job and slot.use is Use.FREE and slot.owner is None and not needed:
                 self._delete(slot)
+
+    def _of_last_life(self, job: str) -> list[Trainer]:
+        """Its trainers here, but for processes of older lives that are not dead yet."""
+        trainers = [t for t in self.trainers.values() if t.job == job]
+        life = max((t.life for t in trainers), default=0)
+        return [t for t in trainers if t.life == life]
 
     def _new_name(self, job: str, kind: str) -> str:
         suffix = ".safetensors" if kind == "segment" else ".cells"

@@ -107,11 +107,13 @@ class Coordinator:
         """Jobs that were forgotten, and their last life: a node that was away may still hold it."""
         self._peers: dict[bytes, str] = {}
         self._out: list[Send] = []
+        self._awake_at = now
 
     # The two entries.
 
     def handle(self, peer: bytes, message: AgentMessage, now: float) -> list[Send]:
         """Take in one message of an agent."""
+        self._take_note_of_time(now)
         if isinstance(message, Hello):
             self._hello(peer, message, now)
             return self._flush()
@@ -173,6 +175,7 @@ class Coordinator:
 
     def tick(self, now: float) -> list[Send]:
         """Let time pass: leases run out, waiting resumes are looked at again."""
+        self._take_note_of_time(now)
         for name, node in self.nodes.items():
             if node.live and now - node.last_seen >= self.settings.lease_s:
                 self._node_lost(name, now)
@@ -233,6 +236,15 @@ class Coordinator:
 
     # Membership.
 
+    def _take_note_of_time(self, now: float) -> None:
+        """If this process was stopped for long, no node was silent: nobody could be heard."""
+        away_s, self._awake_at = now - self._awake_at, now
+        if away_s < self.settings.lease_s / 2:
+            return
+        self.started_at += away_s
+        for node in self.nodes.values():
+            node.last_seen = min(now, node.last_seen + away_s)
+
     def _hello(self, peer: bytes, hello: Hello, now: float) -> None:
         old = self.nodes.get(hello.node)
         if (
@@ -283,7 +295,7 @@ class Coordinator:
         known = {holding.id for holding in hello.holdings}
         for job in list(self.jobs.values()):
             job.changed = True
-            self._resend_orders(job, hello.node, known, now)
+            self._resend_orders(job, hello.node, known, fresh, now)
         for state in hello.ranks:
             self._rank_report(hello.node, state, now)
         for job in list(self.jobs.values()):
@@ -301,15 +313,23 @@ class Coordinator:
         job.vacancies, job.finished, job.left = {}, set(), set()
         job.resumed_from = choice.origin(record)
 
-    def _resend_orders(self, job: Job, node: str, held: set[SnapshotId], now: float) -> None:
-        """Orders are idempotent: give `node` those that it may have missed."""
+    def _resend_orders(
+        self, job: Job, node: str, held: set[SnapshotId], fresh: bool, now: float
+    ) -> None:
+        """Orders are idempotent: give `node` those that it may have missed.
+
+        `fresh`: its agent was restarted, and captures that were under way are lost.
+        """
         for snapshot in list(job.snapshots.values()):
             for rank in [r for r, where in snapshot.rebuilding.items() if where == node]:
                 del snapshot.rebuilding[rank]
             snapshot.unbuilt.clear()  # with this node others may succeed, too
             if snapshot.state in (State.TICKETED, State.CAPTURING):
-                ours = snapshot.id.life == job.life and node in job.members.values()
-                if ours and snapshot.id not in held:
+                ranks = [rank for rank, where in job.members.items() if where == node]
+                lost = snapshot.id not in held or (
+                    fresh and not all(self._holds_rank(snapshot.id, rank) for rank in ranks)
+                )
+                if snapshot.id.life == job.life and ranks and lost:
                     self._end(job, snapshot, State.DROPPED, f"the agent on {node} was away", now)
             elif snapshot.state is State.SEALED and snapshot.manifest is not None:
                 if snapshot.manifest.place_of(node) is not None:
@@ -399,7 +419,7 @@ class Coordinator:
         if job.round and job.round != state.round and 0 < state.life < job.life:
             return  # an old life that woke up: nothing of it counts
         before = job.attachments.get(key)
-        job.attachments[key] = Attachment(node, state)
+        job.attachments[key] = Attachment(node, state, now if before is None else before.since)
         if before is not None and before.state.shares != state.shares and state.life == job.life:
             # What it captures from now on does not fit to what others captured with it before.
             self._end_open(job, f"rank {state.rank} has a new layout", now)
@@ -520,9 +540,19 @@ class Coordinator:
             ranks.append(held.state)
         self._drop_orphans(job, min(state.seen_step for state in ranks), now)
         ours = [snapshot for snapshot in job.snapshots.values() if snapshot.id.life == job.life]
-        open_steps = [s.id.step for s in ours if s.state in (State.TICKETED, State.CAPTURING)]
-        for state in ranks:
+        open_steps = {s.id.step for s in ours if s.state in (State.TICKETED, State.CAPTURING)}
+        # A rank that has not yet heard of a ticket will take a slot for it, dropped or not.
+        dropped = [
+            (id.step, at)
+            for id, at in job.tickets
+            if id.life == job.life
+            and id.step not in open_steps
+            and now - at < self.settings.lease_s
+        ]
+        for rank, state in enumerate(ranks):
+            since = job.attachments[job.round, rank].since
             unseen = sum(step > state.seen_step for step in open_steps)
+            unseen += sum(step > state.seen_step and at >= since for step, at in dropped)
             if state.free_slots - unseen < 1:
                 return
         if not self._agree(job, ranks, now):
@@ -531,6 +561,7 @@ class Coordinator:
         used = max([state.seen_step for state in ranks] + [s.id.step for s in ours])
         id = SnapshotId(job.name, job.life, job.pacer.next_step(now, used))
         job.snapshots[id] = Snapshot(id, job.world_size, State.TICKETED, now, now)
+        job.tickets.append((id, now))
         for node in sorted(self._job_nodes(job)):
             self._send(node, TakeSnapshot(id))
 
@@ -616,13 +647,22 @@ class Coordinator:
             self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
 
     def _better(self, job: Job, snapshot: Snapshot) -> SnapshotId | None:
-        """One that survives more losses, and is newer, or was to be replaced by this one."""
+        """One that survives more losses, and is newer, or was to be replaced by this one.
+
+        One that was protected is better than one that never was, even if it has since lost so much
+        that it surely survives no more: what is known of the other is only that it was sealed.
+        """
         ancestors = self._chain(job, snapshot.id)
         margin = recovery.margin(snapshot.manifest, self.live_holdings(snapshot.id))
         for id in sorted(job.snapshots, reverse=True):
-            manifest, holdings = job.snapshots[id].manifest, self.live_holdings(id)
-            comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
-            if comparable and recovery.margin(manifest, holdings) > margin:
+            other, holdings = job.snapshots[id], self.live_holdings(id)
+            if not (id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)):
+                continue
+            its = recovery.margin(other.manifest, holdings)
+            if its > margin:
+                return id
+            protected = other.state is State.PROTECTED and its == margin
+            if protected and recovery.judge(other.manifest, other.world_size, holdings).restorable:
                 return id
         return None
 

@@ -113,6 +113,8 @@ class Attachment:
 
     node: str
     state: RankState
+    since: float = float("-inf")
+    """When its agent last said Hello, or it attached: what was sent before may be lost."""
 
 
 @dataclass
@@ -163,6 +165,8 @@ class Job:
     """The snapshot that a resume would choose, if segments of it are lost, and since when."""
     changed: bool = False
     """What nodes hold of it has changed since that was last looked at as a whole."""
+    tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))
+    """The newest tickets and when they were issued, those that were dropped since included."""
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
 

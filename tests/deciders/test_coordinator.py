@@ -132,6 +132,26 @@ class TestMembership:
         assert known() == before
         assert cluster.told("a", Drop) == cluster.told("b", Drop)
 
+    def test_a_coordinator_that_was_stopped_gives_up_nobody(self) -> None:
+        """It could not hear them; what they said meanwhile is taken in after the tick, perhaps."""
+        cluster = trained("a", "b", spares=("s",))
+        cluster.wait_for_launcher("s")
+        cluster.now += 10 * cluster.settings.lease_s
+        cluster.deliver(cluster.coordinator.tick(cluster.now))
+        assert all(node.live for node in cluster.coordinator.nodes.values())
+        assert not cluster.told("s", Activate)
+        cluster.destroy("b")
+        assert cluster.told("s", Activate)
+
+    def test_a_coordinator_that_was_stopped_is_not_settled(self) -> None:
+        """The time in which it could hear of nobody does not count as time to hear of all."""
+        cluster = Cluster("s")
+        cluster.attach("r1", "s")
+        cluster.now += 10 * cluster.settings.lease_s
+        assert cluster.ask() is None
+        cluster.pass_time(cluster.settings.lease_s)
+        assert cluster.granted("s")
+
 
 class TestTickets:
     def test_a_ticket_waits_for_a_free_slot_on_every_rank(self) -> None:
@@ -209,6 +229,46 @@ class TestTickets:
         cluster.say("b", SnapshotFailed(id, "skipped", "rank 1: too late"))
         cluster.seal(0, id)
         assert [m.id for m in cluster.told("a", Drop) if isinstance(m, Drop)] == [id, id]
+
+    def test_a_dropped_ticket_takes_a_slot_until_its_rank_has_heard_of_it(self) -> None:
+        """Else each drop lets tickets be issued that find no slot, and are dropped in turn."""
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        for id in (first, second):
+            cluster.say("a", SnapshotFailed(id, "torn", "rank 0: written meanwhile"))
+        cluster.update(0, seen_step=second.step, free_slots=2)
+        assert len(cluster.tickets("a")) == 2  # both are still on their way to b
+        cluster.update(1, seen_step=second.step, free_slots=1)
+        assert len(cluster.tickets("a")) == 3
+
+    def test_a_restarted_agent_with_one_of_two_segments_ends_the_capture(self) -> None:
+        """The other was under way when it died, and will never come."""
+        cluster = trained("a", "a", "b")
+        id = cluster.tickets("a")[0]
+        for rank in (0, 2):
+            cluster.seal(rank, id)
+        cluster.restart_agent("a", ranks=True)
+        assert id not in cluster.coordinator.jobs[JOB].snapshots
+        assert [drop.id for drop in cluster.told("b", Drop) if isinstance(drop, Drop)] == [id]
+
+    def test_an_agent_that_only_reconnects_goes_on_with_the_capture(self) -> None:
+        cluster = trained("a", "a", "b")
+        id = cluster.tickets("a")[0]
+        for rank in (0, 2):
+            cluster.seal(rank, id)
+        cluster.hello("a")
+        cluster.seal(1, id)
+        assert cluster.told("b", Protect)
+
+    def test_a_ticket_that_was_lost_is_not_waited_for(self) -> None:
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        for id in cluster.tickets("a"):
+            cluster.say("a", SnapshotFailed(id, "torn", "rank 0: written meanwhile"))
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.update(0, free_slots=2)
+        assert len(cluster.tickets("a")) == 3
 
     def test_a_late_ticket_widens_the_margin(self) -> None:
         pacer = Pacer(every=1)
@@ -335,6 +395,21 @@ class TestShares:
 
 
 class TestProtectAndCommit:
+    def test_what_was_protected_is_not_freed_for_what_never_was(self) -> None:
+        """It has lost some of its parity: now neither surely survives the loss of a node."""
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        cluster.protect(first)
+        cluster.seal_all(second)
+        held = cluster.nodes["a"].holdings[first]
+        cluster.say("a", Holds(msgspec.structs.replace(held, parity=False)))
+        cluster.say("b", SnapshotFailed(second, "dropped", "a segment of it is damaged"))
+        retired = [id for m in cluster.told("a", Commit) for id in m.retire]
+        assert first not in retired
+        assert states(cluster)[1, first.step] is State.PROTECTED
+        assert second in [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
+
     def test_sealed_by_all_is_to_be_protected_by_all(self) -> None:
         cluster = trained("a", "b", "c", "d")
         id = cluster.tickets("a")[0]

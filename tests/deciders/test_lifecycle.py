@@ -394,6 +394,28 @@ class TestTrainersThatEnd:
         assert node.ticket(snapshot(2, 8), conn=2) == kept
         assert node.files == files
 
+    def test_a_process_of_an_old_life_leaves_its_slots_to_nobody(self) -> None:
+        """It was stopped, and dies when the next life has long had slots of its own."""
+        node = Node()
+        node.train()
+        old = set(node.files)
+        node.train(conn=2, life=2, round_="r2")
+        node.do(ev.LocalGone(1, "its process ended", dead=True))
+        assert not old & node.files
+        assert len(node.slots()) == 2
+
+    def test_a_stopped_process_of_an_old_life_keeps_no_slots_from_being_given_back(self) -> None:
+        """It never came to open a layout, and so never will."""
+        node = Node()
+        node.train()
+        node.do(ev.LocalGone(1, "its process ended", dead=True))
+        node.attach(2, round_="r2")
+        node.grant(2, round_="r2")
+        node.attach(3, round_="r3")
+        node.grant(3, round_="r3")
+        node.say(3, OpenLayout(3, 2 * SIZE_BYTES))
+        assert len(node.slots()) == 2
+
     def test_all_ranks_of_a_node_die_one_after_another(self) -> None:
         """Slots of the first are still there when the last is dead."""
         node = Node()

@@ -1,0 +1,291 @@
+"""What really is, seen from outside of all processes, and what must hold of it at every moment."""
+
+from typing import TYPE_CHECKING
+
+from ckptd.agent.lifecycle import Use
+from ckptd.coordinator.decider import Send
+from ckptd.coordinator.state import State as Phase
+from ckptd.ids import SnapshotId
+from ckptd.manifest import JobManifest
+from ckptd.wire import AgentMessage, Commit, Grant, Granted, Hello, Holds, Record
+
+from . import transfers
+from .disk import File, State
+from .kernel import Violation
+
+if TYPE_CHECKING:
+    from .agents import Machine
+    from .trainers import Run, Trainer
+    from .world import World
+
+MOST_SLOTS_EXTRA = 3
+MOST_PARITIES = 4
+MOST_MANIFESTS = 10
+
+
+class Truth:
+    """The oracle. It raises Violation, from within the event that broke a rule."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self.promises: dict[str, SnapshotId] = {}
+        """The newest snapshot of each job that was protected: it must stay restorable."""
+        self.sealed: dict[str, set[SnapshotId]] = {}
+        """Snapshots of each job that a coordinator has seen sealed by all ranks."""
+        self.commits: dict[str, int] = {}
+        self._encoded: set[tuple[SnapshotId, str]] = set()
+        self._complete: dict[str, set[SnapshotId]] = {}
+        """Snapshots of each job that all nodes have encoded, committed or not."""
+        self._captured: set[tuple[SnapshotId, int]] = set()
+        self._lives: dict[tuple[str, int], tuple[str, SnapshotId | None]] = {}
+        """(job, life) to the round that it was granted to, and the snapshot."""
+        self._owners: dict[tuple[str, int], Run] = {}
+        self._paths: dict[tuple[str, int, int], str] = {}
+        """(job, life, step) to the course of training until then."""
+
+    # Training.
+
+    def granted(self, run: "Run", grant: Granted) -> None:
+        """Rank 0 has its life."""
+        key = (run.job.name, grant.life)
+        if self._owners.setdefault(key, run) is not run:
+            raise Violation(f"life {grant.life} of {key[0]} was granted to two runs")
+        if grant.id is not None and grant.id in run.rejected:
+            raise Violation(f"{grant.id} was granted again to {run.round}, which cannot load it")
+
+    def training_begins(self, run: "Run") -> str:
+        """The course of training so far, which all ranks must agree on."""
+        paths = {trainer.memory.path for trainer in run.trainers if trainer.memory is not None}
+        if len(paths) != 1:
+            raise Violation(f"{run.job.name} {run.round}: ranks resume from {sorted(paths)}")
+        return paths.pop()
+
+    def step(self, run: "Run") -> str:
+        """No two runs of a step need give the same bits, so each life takes a course of its own."""
+        path = f"{run.origin}/{run.life}+{run.step}"
+        self._paths[run.job.name, run.life, run.step] = path
+        return path
+
+    def capture_begins(self, trainer: "Trainer", id: SnapshotId, file: File) -> None:
+        if file.header is not None:
+            raise Violation(f"{trainer.name} was given a file for {id} that holds {file.header}")
+        writer = file.writer
+        if writer is not None and writer is not trainer and writer.alive:  # type: ignore[attr-defined]
+            raise Violation(f"{trainer.name} and {writer.name} write to one file")  # type: ignore[attr-defined]
+        if (id, trainer.rank) in self._captured:
+            raise Violation(f"{trainer.name} captures {id} twice")
+        self._captured.add((id, trainer.rank))
+
+    def loaded(self, trainer: "Trainer", id: SnapshotId, rank: int, file: File | None) -> None:
+        """A rank reads a segment: it must be what was captured, bit for bit."""
+        if trainer.run.over:
+            return  # a process of an old life that wakes up; nothing waits for it any more
+        path = self._paths.get((id.job, id.life, id.step))
+        want = State(id.job, rank, id.step, path or "?")
+        if file is None or file.header != (id, rank) or file.data != want:
+            found = None if file is None else (file.header, file.data)
+            raise Violation(f"{trainer.name} loads rank {rank} of {id}: {found}, not {want}")
+
+    def refused(self, run: "Run", reason: str) -> None:
+        """The job is told that it cannot go on: never, as long as a promise can be kept."""
+        promise = self.promises.get(run.job.name)
+        if promise is not None and not run.rejected:
+            raise Violation(f"{run.job.name} was refused, though {promise} is there: {reason}")
+        run.job.refusals.append(reason)
+
+    # The coordinator.
+
+    def coordinator_learnt(self, message: AgentMessage) -> None:
+        """Note which snapshots it knows to be sealed by all."""
+        match message:
+            case Holds(holding):
+                names = {holding.id.job}
+            case Hello():
+                names = {holding.id.job for holding in message.holdings}
+            case _:
+                return
+        decider = self._world.coordinator.decider
+        assert decider is not None
+        for name in names & decider.jobs.keys():
+            for id, snapshot in decider.jobs[name].snapshots.items():
+                if snapshot.state in (Phase.SEALED, Phase.PROTECTED):
+                    if id not in self.sealed.setdefault(name, set()):
+                        self._all_sealed(id, snapshot.world_size)
+                    self.sealed[name].add(id)
+
+    def _all_sealed(self, id: SnapshotId, world_size: int) -> None:
+        lacking = [rank for rank in range(world_size) if (id, rank) not in self._captured]
+        if lacking:
+            raise Violation(f"{id} counts as sealed, and ranks {lacking} never captured it")
+
+    def coordinator_says(self, send: Send) -> None:
+        match send.message:
+            case Grant() as grant:
+                self._grants(grant)
+            case Commit(id, retire):
+                self._commits(id, retire)
+            case Record(record):
+                if (record.job, record.life) in self._lives:
+                    _, start = self._lives[record.job, record.life]
+                    began = record.ancestors[-1] if record.ancestors else None
+                    if (start is None) != (began is None):
+                        raise Violation(f"the record of life {record.life} says another start")
+
+    def _grants(self, grant: Grant) -> None:
+        answer = (grant.round, grant.id)
+        known = self._lives.get((grant.job, grant.life))
+        if known is not None:
+            if known != answer:
+                raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
+            return
+        if any(job == grant.job and life > grant.life for job, life in self._lives):
+            raise Violation(f"life {grant.life} of {grant.job} is granted after a later one")
+        self._lives[grant.job, grant.life] = answer
+        if grant.id is None and self.sealed.get(grant.job):
+            raise Violation(
+                f"{grant.job} starts from nothing, though {max(self.sealed[grant.job])} was sealed"
+            )
+        promise = self.promises.get(grant.job)
+        run = self._world.jobs[grant.job].run
+        rejected = run.rejected if run is not None else ()
+        if promise is not None and (grant.id is None or grant.id < promise):
+            if promise not in rejected:
+                raise Violation(f"{grant.id} is granted, though {promise} was protected")
+
+    def _commits(self, id: SnapshotId, retire: tuple[SnapshotId, ...]) -> None:
+        decider = self._world.coordinator.decider
+        assert decider is not None
+        for other in retire:
+            if not self._is_ancestor(other, id):
+                raise Violation(f"{id} retires {other}, which is none of its ancestors")
+        job = decider.jobs.get(id.job)
+        snapshot = job.snapshots.get(id) if job is not None else None
+        manifest = snapshot.manifest if snapshot is not None else None
+        if snapshot is None or manifest is None:
+            return
+        alone = not any(group.parity_shards for group in manifest.groups)
+        complete = id in self._complete.get(id.job, ())
+        if snapshot.state is not Phase.PROTECTED and not alone and not complete:
+            return  # permission to free what it replaces, though it was never protected
+        lacking = [
+            member.node
+            for group in manifest.groups
+            if group.parity_shards
+            for member in group.members
+            if (id, member.node) not in self._encoded
+        ]
+        if lacking:
+            raise Violation(f"{id} was committed, and {', '.join(lacking)} never encoded it")
+        promise = self.promises.get(id.job)
+        if promise is None or id > promise:
+            if not self.restorable(id):
+                return  # what was reported is gone again; nothing is freed for it by the agents
+            self.promises[id.job] = id
+            self.commits[id.job] = self.commits.get(id.job, 0) + 1
+
+    def _is_ancestor(self, id: SnapshotId, of: SnapshotId) -> bool:
+        """Whether training really went through `id` on its way to `of`."""
+        while id.life < of.life:
+            start = self._lives.get((of.job, of.life), ("", None))[1]
+            if start is None:
+                return False
+            if start == id:
+                return True
+            of = start
+        return id.life == of.life and id.step < of.step
+
+    # Memory.
+
+    def encoded(self, id: SnapshotId, node: str, manifest: JobManifest) -> None:
+        """A node has all its parity of a snapshot."""
+        self._encoded.add((id, node))
+        members = [m.node for g in manifest.groups if g.parity_shards for m in g.members]
+        if all((id, member) in self._encoded for member in members):
+            self._complete.setdefault(id.job, set()).add(id)
+
+    def freed(self, id: SnapshotId) -> None:
+        """An agent has destroyed something of a snapshot."""
+        promise = self.promises.get(id.job)
+        if promise is not None:
+            if promise == id and not self.restorable(id):
+                newer = [other for other in self.at_stake(id.job) if other > id]
+                if not newer:
+                    raise Violation(f"{id}, the newest protected snapshot, was freed")
+                self.promises[id.job] = newer[-1]
+            return
+        known = self.sealed.get(id.job, set())
+        if id in known and not any(self.restorable(other) for other in sorted(known)):
+            raise Violation(f"{id} was freed, and was all that {id.job} had")
+
+    def restorable(self, id: SnapshotId, without: "Machine | None" = None) -> bool:
+        machines = self._world.machines.values()
+        disks = [m.disk for m in machines if m.alive and m is not without]
+        return transfers.restorable(id, self._world.jobs[id.job].ranks, disks)
+
+    def survives(self, machine: "Machine") -> bool:
+        """Whether nothing that is protected, or is about to be, is lost with this node."""
+        for job in self._world.jobs.values():
+            if job.name not in self.promises:
+                if job.name in machine.disk.records or machine in job.pool:
+                    return False  # nothing was promised yet
+            elif any(not self.restorable(id, machine) for id in self.at_stake(job.name)):
+                return False
+        return True
+
+    def at_stake(self, job: str) -> list[SnapshotId]:
+        """What a fault by itself must leave restorable."""
+        promise = self.promises.get(job)
+        if promise is None:
+            return []
+        ids = {promise, *(id for id in self._complete.get(job, ()) if id > promise)}
+        return [id for id in sorted(ids) if self.restorable(id)]
+
+    # At all times, and at the end.
+
+    def check_bounds(self) -> None:
+        """Nothing grows without limit."""
+        world = self._world
+        for machine in world.machines.values():
+            agent = machine.agent if machine.alive else None
+            if agent is None:
+                continue
+            here = agent.lifecycle
+            for what, count in (
+                ("manifests", len(here.manifests)),
+                ("sizes", len(here._world_sizes)),
+                ("parity files", sum(slot.parity for slot in here.slots.values())),
+            ):
+                if count > MOST_MANIFESTS * len(world.jobs):
+                    raise Violation(f"{machine.name} has {count} {what}")
+            ranks = len(agent.locals) + 2 * world.plan.ranks_per_node
+            segments = sum(not slot.parity for slot in here.slots.values())
+            most = (world.plan.slots + MOST_SLOTS_EXTRA) * max(ranks, 1) * len(world.jobs)
+            if segments > most + MOST_MANIFESTS:
+                raise Violation(f"{machine.name} has {segments} segment files for {ranks} ranks")
+        decider = world.coordinator.decider
+        if decider is not None:
+            for job in decider.jobs.values():
+                if len(job.snapshots) > 4 * world.plan.slots + 8:
+                    raise Violation(f"{job.name} has {len(job.snapshots)} snapshots")
+                if len(job.attachments) > 8 * max(1, world.jobs[job.name].ranks):
+                    raise Violation(f"{job.name} has {len(job.attachments)} attachments")
+
+    def check_rest(self) -> None:
+        """When all is quiet, memory is what the running lives need, and no more."""
+        for machine in self._world.machines.values():
+            if not machine.alive or machine.agent is None:
+                continue
+            for job in self._world.jobs.values():
+                slots = [s for s in machine.agent.lifecycle.slots.values() if s.job == job.name]
+                run = job.run
+                ranks = sum(t.machine is machine for t in run.trainers) if run is not None else 0
+                # Free ones are kept where the job was, for its next life there.
+                segments = [s for s in slots if not s.parity and (ranks or s.use is not Use.FREE)]
+                parities = [s for s in slots if s.parity and s.use is not Use.FREE]
+                if len(segments) > ranks * (self._world.plan.slots + 1) + (1 if ranks else 0):
+                    raise Violation(
+                        f"{machine.name} has {len(segments)} segment files of {job.name} "
+                        f"for {ranks} ranks: {segments}"
+                    )
+                if len(parities) > (self._world.plan.slots + 1 if ranks else 0):
+                    raise Violation(f"{machine.name} has {len(parities)} parities of {job.name}")
