@@ -53,6 +53,7 @@ _PIECE_BYTES = 1 << 20
 _SENT_AT_ONCE = 4
 _UNSENT_BYTES = 256 << 10
 _STALL_S = 0.2
+_LEAST_BYTES_PER_S = 64 << 10
 
 EncodedRow = Callable[[GetEncoded], bytes | memoryview]
 DecodedCell = Callable[[GetDecoded | GetRecoded], bytes | memoryview]
@@ -435,8 +436,12 @@ def _receive_exactly(conn: socket.socket, length: int) -> bytes:
 
 
 def _receive_into(conn: socket.socket, into: memoryview) -> None:
+    """Fill `into`. Raises OSError, also where the bytes only drip."""
+    deadline = time.monotonic() + PEER_TIMEOUT_S + len(into) / _LEAST_BYTES_PER_S
     while len(into):
         received = conn.recv_into(into)
         if not received:
             raise ConnectionResetError("the peer hung up in the middle of a message")
         into = into[received:]
+        if len(into) and time.monotonic() > deadline:
+            raise TimeoutError(f"the peer sends less than {_LEAST_BYTES_PER_S} bytes a second")

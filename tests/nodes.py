@@ -291,7 +291,9 @@ def connect(address: str) -> socket.socket:
 class FakeServer:
     """Answers one request on one connection."""
 
-    def __init__(self, answer: bytes, hang_up: bool = False) -> None:
+    def __init__(self, answer: bytes, hang_up: bool = False, drip_s: float = 0.0) -> None:
+        """`drip_s`: the pause before each byte of the answer, until the peer has had enough."""
+        self._drip_s = drip_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = "{}:{}".format(*self._listener.getsockname())
         self._answer, self._hang_up = answer, hang_up
@@ -303,9 +305,20 @@ class FakeServer:
             shake_hands(conn, KEY, b"server")
             (length,) = struct.unpack("!I", read_exactly(conn, 4))
             read_exactly(conn, length)
-            conn.sendall(self._answer)
+            if self._drip_s:
+                self._drip(conn)
+            else:
+                conn.sendall(self._answer)
             if not self._hang_up:
                 conn.recv(1)
+
+    def _drip(self, conn: socket.socket) -> None:
+        for byte in self._answer:
+            time.sleep(self._drip_s)
+            try:
+                conn.sendall(bytes((byte,)))
+            except OSError:
+                return
 
     def close(self) -> None:
         self._thread.join(DEADLINE_S)

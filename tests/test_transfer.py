@@ -887,6 +887,15 @@ class TestPeersThatMisbehave:
             Peers(KEY).fetch(server.address, GetCell(ID, 0, 0), memoryview(bytearray(CELL_BYTES)))
         server.close()
 
+    def test_a_peer_that_sends_a_byte_now_and_then(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cells, "PEER_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(cells, "_LEAST_BYTES_PER_S", 1 << 30)
+        drips = framed(Payload(CELL_BYTES, 0)) + bytes(CELL_BYTES)
+        server = FakeServer(drips, hang_up=True, drip_s=0.01)
+        with pytest.raises(TimeoutError, match="sends less than"):
+            Peers(KEY).fetch(server.address, GetCell(ID, 0, 0), memoryview(bytearray(CELL_BYTES)))
+        server.close()
+
     @pytest.mark.parametrize("address", ["", "host", "host:", "host:port"])
     def test_an_address_that_is_none(self, address: str) -> None:
         with pytest.raises(ProtocolError, match="is not a cell server's address"):
