@@ -436,7 +436,8 @@ class Lifecycle:
                 continue
             if trainer.life != grant.life:
                 trainer.life, trainer.seen_step = grant.life, 0
-            if trainer.ask is not None:
+            if trainer.ask is not None and grant.id not in trainer.ask.rejected:
+                # Else it is the answer to an older question, said again.
                 trainer.ask = None
                 self._tell(trainer.conn, Granted(grant.life, grant.id, grant.reason))
             waits, trainer.waits = trainer.waits, []
