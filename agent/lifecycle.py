@@ -316,8 +316,12 @@ class Lifecycle:
 
     @property
     def used_bytes(self) -> int:
-        """Memory in slot and parity files, in bytes."""
-        return sum(slot.size_bytes for slot in self.slots.values())
+        """Memory in slot and parity files, in bytes; not in what was given up to make room."""
+        return sum(
+            slot.size_bytes
+            for slot in self.slots.values()
+            if not (slot.guest and slot.use is Use.RELEASING)
+        )
 
     @property
     def spare_bytes(self) -> int:
@@ -446,7 +450,8 @@ class Lifecycle:
                 continue
             if trainer.life != grant.life:
                 trainer.life, trainer.seen_step = grant.life, 0
-            if trainer.ask is not None:
+            if trainer.ask is not None and grant.id not in trainer.ask.rejected:
+                # Else it is the answer to an older question, said again.
                 trainer.ask = None
                 self._tell(trainer.conn, Granted(grant.life, grant.id, grant.reason))
             waits, trainer.waits = trainer.waits, []
@@ -526,6 +531,7 @@ class Lifecycle:
                     slot.id = id
                     return slot
                 self._delete(slot)
+        self._make_room(size_bytes)
         if self.used_bytes + size_bytes > self.identity.memory_limit_bytes:
             self._fail(id, "dropped", self._too_small(size_bytes, "for parity"))
             return None
@@ -689,9 +695,9 @@ class Lifecycle:
                     Rejected("StateMismatch", f"{message.id} has no rank {message.rank}"),
                 )
                 return
-            slot = self._slot_to_fetch_into(
-                trainer.job, size_bytes, self.identity.memory_limit_bytes - self.used_bytes
-            )
+            self._make_room(size_bytes)
+            room_bytes = self.identity.memory_limit_bytes - self.used_bytes
+            slot = self._slot_to_fetch_into(trainer.job, size_bytes, room_bytes)
             if slot is None:
                 reason = self._too_small(size_bytes, f"to fetch rank {message.rank}'s segment")
                 self._tell(trainer.conn, Rejected("MemoryTooSmall", reason))
@@ -734,6 +740,16 @@ class Lifecycle:
         self._world_sizes.setdefault(id, world_size)
         self._do(ev.Fetch(slot.name, slot.size_bytes, id, rank, source, present))
 
+    def _make_room(self, size_bytes: int) -> None:
+        """Give up lost nodes' segments that are in the way: they can be rebuilt once more."""
+        for slot in list(self.slots.values()):
+            if self.used_bytes + size_bytes <= self.identity.memory_limit_bytes:
+                return
+            if slot.guest and slot.use is Use.SEALED and slot.name not in self._fetches:
+                self._release(slot)
+                if slot.id is not None:
+                    self._report(Holds(self._holding(slot.id)))
+
     def _slot_of(self, id: SnapshotId, rank: int) -> Slot | None:
         """The slot that has the segment, or will have it."""
         for slot in self.slots.values():
@@ -767,6 +783,7 @@ class Lifecycle:
         new = self._slots_to_add(trainer)
         needed = new * message.size_bytes + self._parity_reserve(trainer.job)
         limit = self.identity.memory_limit_bytes
+        self._make_room(needed)
         if self.used_bytes + needed > limit and self._slots_lacking(trainer) <= 0 < new:
             # All its slots hold snapshots. Tickets come when the first of them is retired.
             needed -= new * message.size_bytes

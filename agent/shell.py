@@ -458,7 +458,7 @@ class Agent:
         self, action: ev.Encode, path: Path | None, done: Callable[[str | None], None]
     ) -> EncodeRun:
         id = action.manifest.id
-        again = bool(action.ranks) and not action.serve_only
+        again = bool(action.ranks)
         return (partial(RecodeRun, action.ranks) if again else EncodeRun)(
             action.manifest,
             self._config.node,

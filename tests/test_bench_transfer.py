@@ -43,6 +43,9 @@ class TestOverShapedLinks:
         found = bench("rebuild", "--rate", "100Mbit/s", "--image", "2MiB", *SMALL[2:])
         assert found["ratio"]["median"] > 0.9
         assert 0.9 < found["received_ratio"]["median"] < 1.2
+        again = found["protected_again"]
+        assert again["seconds"]["median"] > found["seconds"]["median"]
+        assert 0.9 < again["received_ratio"]["median"] < 1.2, "to (1+m/k) images"
 
     def test_nothing_is_left_behind(self):
         bench("network", "--rate", "100Mbit/s", *SMALL)

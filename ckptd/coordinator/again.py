@@ -1,6 +1,6 @@
 """What a snapshot that has lost parity needs, so that all its parity is there again. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptd.coordinator import recovery
@@ -38,6 +38,8 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
     and does so as long as its heir has no parity.
     """
     held = recovery.rank_holders(holdings)
+    members = manifest.nodes
+    outside = [node for node in sorted(holdings) if node not in members]
     taken: dict[Place, str] = {}
     groups: list[int] = []
     hindrances: list[str] = []
@@ -48,7 +50,8 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
         lacking = [n for n, member in enumerate(group.members) if not has_parity(member, holdings)]
         for place in lacking:
             member = group.members[place]
-            heir = next(_heirs(manifest, member, holdings, set(taken.values())), None)
+            free = [node for node in outside if node not in taken.values()]
+            heir = next(_heirs(member, free, holdings), None)
             if is_at_home(member, member.node, holdings) and not (
                 heir is not None and holdings[heir].parity
             ):
@@ -57,19 +60,16 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
                 hindrances.append(_why_not(member, held))
             else:
                 taken[number, place] = nodes[place] = heir
-        if _can_make(group, nodes, lacking, holdings):
+        if _can_make(group, nodes, lacking, holdings, held):
             groups.append(number)
     return Plan(taken, tuple(groups), tuple(hindrances))
 
 
-def _heirs(
-    manifest: JobManifest, member: Member, holdings: Holdings, others: set[str]
-) -> Iterator[str]:
-    """Who may take the place, the node that had it first before others."""
-    for node in sorted(holdings, key=lambda name: (name != member.origin, name)):
-        free = node not in manifest.nodes and node not in others
+def _heirs(member: Member, free: list[str], holdings: Holdings) -> Iterator[str]:
+    """Who of those without a place may take this one, the node that had it first before others."""
+    for node in sorted(free, key=lambda name: (name != member.origin, name)):
         fits = node == member.origin or not holdings[node].parity
-        if free and fits and is_at_home(member, node, holdings):
+        if fits and is_at_home(member, node, holdings):
             yield node
 
 
@@ -85,12 +85,17 @@ def _why_not(member: Member, held: dict[int, tuple[str, ...]]) -> str:
     )
 
 
-def _can_make(group: Group, nodes: list[str], lacking: list[int], holdings: Holdings) -> bool:
+def _can_make(
+    group: Group,
+    nodes: list[str],
+    lacking: list[int],
+    holdings: Holdings,
+    held: Mapping[int, tuple[str, ...]],
+) -> bool:
     """Whether somebody can make its parity: a few from others' data, all from everybody's own."""
     members = list(zip(group.members, nodes, strict=True))
     at_home = [is_at_home(member, node, holdings) for member, node in members]
     if len(lacking) > group.parity_shards:
         return all(at_home)
-    held = recovery.rank_holders(holdings)
     whole = all(extent.rank in held for member in group.members for extent in member.extents)
     return whole and any(at_home[place] for place in lacking)

@@ -881,17 +881,21 @@ class Coordinator:
         if lacking:
             return
         snapshot.ordered.clear()
+        held = recovery.rank_holders(holdings)
         for number, group in enumerate(manifest.groups):
             if group.parity_shards:
-                self._order_group(snapshot, number)
+                self._order_group(snapshot, manifest, number, holdings, held)
 
-    def _order_group(self, snapshot: Snapshot, number: int) -> None:
+    def _order_group(
+        self,
+        snapshot: Snapshot,
+        manifest: JobManifest,
+        number: int,
+        holdings: dict[str, Holding],
+        held: dict[int, tuple[str, ...]],
+    ) -> None:
         """Order a group's nodes to protect it, unless they have this order."""
-        manifest = snapshot.manifest
-        if manifest is None:
-            return
-        group, holdings = manifest.groups[number], self.live_holdings(snapshot.id)
-        held = recovery.rank_holders(holdings)
+        group = manifest.groups[number]
         ranks = {
             extent.rank: held[extent.rank]
             for member in group.members
@@ -947,14 +951,15 @@ class Coordinator:
         if before and snapshot.lost_at is None:
             snapshot.lost_at = now
         snapshot.hindrances = plan.hindrances
-        if plan.taken:
-            snapshot.manifest = manifest.with_nodes(plan.taken)
+        edition = manifest.with_nodes(plan.taken) if plan.taken else manifest
+        snapshot.manifest = edition
         for (group, place), node in plan.taken.items():
             lost = manifest.groups[group].members[place].node
             text = f"{node} takes the place of {lost} in {snapshot.id}"
             self._event(now, "place_taken", job.name, text, node=node, lost=lost)
+        held = recovery.rank_holders(holdings)
         for number in plan.groups:
-            self._order_group(snapshot, number)
+            self._order_group(snapshot, edition, number, holdings, held)
 
     def _protected_again(self, job: Job, snapshot: Snapshot, now: float) -> None:
         seconds = now - (snapshot.lost_at if snapshot.lost_at is not None else now)

@@ -1026,6 +1026,14 @@ class TestTalk:
         node.grant()
         assert reports(node.say(1, Resumed(1, 0)), LifeResumed) == [LifeResumed(JOB, 1, 0)]
 
+    def test_an_old_answer_said_again_is_not_taken_for_the_new_one(self) -> None:
+        """A new coordinator repeats the grant of a life whose snapshot could not be loaded."""
+        node = Node()
+        node.attach(1)
+        node.say(1, AskResume((snapshot(1, 8),)))
+        assert not tells_kind(node.grant(2, snapshot(1, 8)), 1, Granted)
+        assert tells_kind(node.grant(3, snapshot(1, 4)), 1, Granted)
+
     def test_a_waiting_launcher_is_called_and_forgotten(self) -> None:
         node = Node()
         done = node.do(ev.FromLocal(5, WaitForWork(JOB)))

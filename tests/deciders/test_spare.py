@@ -12,12 +12,33 @@ from ckptd.coordinator import spare
 from ckptd.coordinator.decider import Settings
 from ckptd.coordinator.view import status
 from ckptd.manifest import Extent, Group, JobManifest, Member
-from ckptd.wire import Beat, Commit, Drop, Forget, Holds, Rebuild, RebuildFailed
+from ckptd.wire import (
+    Beat,
+    Commit,
+    Drop,
+    Forget,
+    Grant,
+    Holds,
+    OpenLayout,
+    Protect,
+    Rebuild,
+    RebuildFailed,
+    Rejected,
+    Restore,
+)
 
 from .fakes import JOB, SIZE_BYTES, Cluster, snapshot
 from .test_again import happened, orders
 from .test_coordinator import trained
-from .test_lifecycle import Node, only, reports, source_of
+from .test_lifecycle import (
+    Node,
+    manifest_of,
+    only,
+    reports,
+    sidecar_of,
+    source_of,
+    tells_kind,
+)
 
 SETTINGS = Settings(cell_bytes=4, rebuild_after_s=10.0)
 
@@ -229,6 +250,11 @@ class TestTheCoordinator:
         assert not rebuilds(cluster)
 
 
+def replace_parity(grant: Grant) -> Grant:
+    """Without parity: one slot's worth of memory is what counts here."""
+    return msgspec.structs.replace(grant, parity_fraction=0.0)
+
+
 class TestTheAgent:
     def rebuild(self, node: Node, rank: int = 1) -> list[ev.Action]:
         id = snapshot(1, 4)
@@ -295,6 +321,35 @@ class TestTheAgent:
     def test_no_more_than_the_limit(self) -> None:
         node = Node(limit_bytes=SIZE_BYTES - 1)
         assert reports(self.rebuild(node), RebuildFailed)
+
+    @pytest.mark.parametrize("for_what", ["a layout", "parity", "a restore"])
+    def test_it_gives_way_to_what_the_node_itself_needs(self, for_what: str) -> None:
+        """What was rebuilt can be rebuilt once more; a trainer without memory cannot go on."""
+        id = snapshot(1, 4)
+        own = (f"{JOB}/segment-0.safetensors", sidecar_of(id))
+        node = Node(ev.Adopted(segments=(own,)), limit_bytes=4 * SIZE_BYTES)
+        (fetch,) = only(ev.Fetch, self.rebuild(node))
+        node.do(ev.Fetched(fetch.name, 3, 0))
+        if for_what == "a layout":
+            node.attach(1)
+            node.grant()
+            node.lifecycle.grants[JOB] = replace_parity(node.lifecycle.grants[JOB])
+            done = node.say(1, OpenLayout(1, SIZE_BYTES + SIZE_BYTES // 2))
+            assert not tells_kind(done, 1, Rejected)
+        elif for_what == "parity":
+            node.lifecycle.identity = replace(node.lifecycle.identity, memory_limit_bytes=25)
+            done = node.order(Protect(manifest_of(id), {}))
+            assert only(ev.Encode, done)
+        else:
+            node.lifecycle.identity = replace(node.lifecycle.identity, memory_limit_bytes=25)
+            other = snapshot(1, 5)
+            node.attach(1)
+            node.grant(2, other)
+            done = node.say(1, Restore(2, other, 1))
+            assert only(ev.Fetch, done)
+        assert ev.Release(fetch.name) in done
+        assert reports(done, Holds)[0].holding.extents == (Extent(0, SIZE_BYTES),)
+        assert all(slot.rank != 1 or slot.id != id for slot in node.lifecycle.slots.values())
 
     def test_the_heartbeat_says_how_much_is_spare(self) -> None:
         node = Node(limit_bytes=3 * SIZE_BYTES)

@@ -84,10 +84,8 @@ def test_a_newcomer_gets_the_parity_too_and_then_two_more_nodes_may_burn(town):
     second = here.train("--steps", "1", nodes=["n0", "g", "n2", "n3"])
     start = here.wait_for_start(second)
 
-    def protected_again():
-        return [e for e in here.status()["events"] if e["kind"] == "protected_again"]
-
-    (event,) = here.wait("the parity to be made anew", protected_again, 60)
+    again = "protected_again"
+    (event,) = here.wait("the parity to be made anew", lambda: events(here, again), 60)
     assert (event["step"], event["seconds"] > 0) == (start, True)
     snapshot = here.snapshot("protected")
     assert (snapshot["step"], snapshot["may_lose"]) == (start, 2)
@@ -101,6 +99,49 @@ def test_a_newcomer_gets_the_parity_too_and_then_two_more_nodes_may_burn(town):
     assert here.wait_for_start(third) == start
     here.wait_for_snapshot("protected", after=start + 2)
     assert here.check_equal([first, second, third]) >= 4 * start
+
+
+def test_what_nobody_comes_for_is_rebuilt_on_a_survivor_and_found_there(town):
+    here = town(4, coordinator_flags=("--rebuild-after", "1"))
+    first = here.train()
+    here.wait_for_start(first)
+    here.wait_for_snapshot("protected", after=3)
+    here.destroy_node("n1")
+    here.kill_trainers(first)
+    (event,) = here.wait("the segment to be rebuilt", lambda: events(here, "rebuilt"), 60)
+    assert event["rank"] == 1
+    held = here.wait("it to be held", lambda: here.snapshot("protected")["ranks_on"].get("1"))
+    assert held == [event["node"]]
+    assert event["node"] in ("n0", "n2", "n3")
+    here.start_agent("g")
+    here.wait_for_nodes(4)
+    second = here.train(nodes=["n0", "g", "n2", "n3"])
+    start = here.wait_for_start(second)
+    here.wait_for_snapshot("protected", after=start + 2)
+    assert here.check_equal([first, second]) >= 4 * start
+    assert sum(each["rebuilt_cells"] for each in events(here, "segment_ready")) == 0
+
+
+def test_too_little_spare_memory_is_said_with_its_numbers(town):
+    here = town(
+        4,
+        coordinator_flags=("--rebuild-after", "1"),
+        agent_flags=("--spare-memory", "5000"),
+    )
+    first = here.train()
+    here.wait_for_start(first)
+    here.wait_for_snapshot("protected", after=3)
+    here.destroy_node("n1")
+    here.kill_trainers(first)
+    (text,) = here.wait("it to be said", lambda: here.job(JOB)["no_room"], 60)
+    assert "rank 1 of story/1." in text
+    assert "spare are n0 5000, n2 5000, n3 5000" in text
+    assert "--memory-limit" in text
+    assert not events(here, "rebuilt")
+
+
+def events(here, kind):
+    return [event for event in here.status()["events"] if event["kind"] == kind]
 
 
 def test_three_of_four_nodes_burn_and_the_job_says_so_and_never_starts_from_nothing(town):

@@ -16,10 +16,18 @@ class Town(LocalCluster):
     """A cluster of nodes n0, n1, … that trains one job, one rank a node."""
 
     def __init__(
-        self, nodes: int, *, agent_flags: tuple[str, ...] = (), key_file: Path | None = None
+        self,
+        nodes: int,
+        *,
+        agent_flags: tuple[str, ...] = (),
+        coordinator_flags: tuple[str, ...] = (),
+        key_file: Path | None = None,
     ) -> None:
         super().__init__(
-            coordinator_flags=["--cell-size", "4096", "--beat", "0.2", "--lease", "1.5"],
+            coordinator_flags=[
+                *("--cell-size", "4096", "--beat", "0.2", "--lease", "1.5"),
+                *coordinator_flags,
+            ],
             agent_flags=["--memory-limit", "64MiB", *agent_flags],
             environ={"CKPTD_JOB": JOB, "OMP_NUM_THREADS": "1"},
             key_file=key_file,
