@@ -304,7 +304,11 @@ class Agent:
     def read_parity(self, id: SnapshotId) -> object:
         name = self.parities.get(id)
         file = self.disk.files.get(name) if name is not None else None
-        return file.data if file is not None and file.data == self.disk.parity_seals.get(name) else None
+        return (
+            file.data
+            if file is not None and file.data == self.disk.parity_seals.get(name)
+            else None
+        )
 
     def node_manifest(self, id: SnapshotId, node: str) -> dict[int, State] | None:
         """The digests of a node's segments: this one's own, or one that it keeps."""

@@ -107,7 +107,9 @@ class Disk:
 
     def of(self, id: SnapshotId) -> list[str]:
         """The names of files that hold something of a snapshot, damaged or not."""
-        segments = [name for name, file in self.files.items() if file.header and file.header[0] == id]
+        segments = [
+            name for name, file in self.files.items() if file.header and file.header[0] == id
+        ]
         return segments + [name for name, sealed in self.parity_seals.items() if sealed.id == id]
 
     def adopt(self) -> Adopted:

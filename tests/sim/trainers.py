@@ -78,7 +78,9 @@ class Local:
     def _carry_up(self, event: ev.Event) -> None:
         agent = self._agent
         assert agent is not None
-        self._up_at = max(self._up_at, self.clock.now + self.clock.random.uniform(*self.plan.local_s))
+        self._up_at = max(
+            self._up_at, self.clock.now + self.clock.random.uniform(*self.plan.local_s)
+        )
         self.clock.at(self._up_at, agent.feed, event)
 
     def told(self, message: object) -> None:
@@ -134,7 +136,9 @@ class Local:
         self._agent = None
         agent.locals.pop(conn, None)
         if not at_once:
-            self.clock.at(self._up_at + self.clock.random.uniform(0.0, 1.0), agent.feed, ev.ProcessEnded(conn))
+            self.clock.at(
+                self._up_at + self.clock.random.uniform(0.0, 1.0), agent.feed, ev.ProcessEnded(conn)
+            )
 
     def vanish(self) -> None:
         """With its node."""
@@ -199,7 +203,9 @@ class Trainer(Local):
         job = self.run.job
         plan = self.plan
         self.say(
-            Attach(job.name, self.run.round, self.rank, job.ranks, plan.every, plan.slots, self.life)
+            Attach(
+                job.name, self.run.round, self.rank, job.ranks, plan.every, plan.slots, self.life
+            )
         )
         if self._layout:
             self.say(OpenLayout(self.life, SIZE_BYTES))

@@ -217,8 +217,6 @@ def decode(
     return dict(*inputs).get(rank)
 
 
-
-
 def restorable(id: SnapshotId, ranks: int, disks: list[Disk]) -> bool:
     """Whether all of a snapshot can be had from what lies whole in these memory directories.
 

@@ -214,9 +214,7 @@ class Truth:
                 self.promises[id.job] = newer[-1]
             return
         known = self.sealed.get(id.job, set())
-        if id in known and not any(
-            self.restorable(other) for other in sorted(known)
-        ):
+        if id in known and not any(self.restorable(other) for other in sorted(known)):
             raise Violation(f"{id} was freed, and was all that {id.job} had")
 
     def restorable(self, id: SnapshotId, without: "Machine | None" = None) -> bool:

@@ -121,7 +121,9 @@ class World:
                 why = run.waiting if run is not None else "its first start"
                 raise Violation(f"{job.name} does not train: it waits for {why}; {job.refusals}")
             made = self.truth.commits.get(job.name, 0) - before.get(job.name, 0)
-            raise Violation(f"{job.name} trains, step {run.step}, and {made} snapshots are protected")
+            raise Violation(
+                f"{job.name} trains, step {run.step}, and {made} snapshots are protected"
+            )
 
     @property
     def simulated_s(self) -> float:
