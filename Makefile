@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test sim test-integrations lint fmt bench clean
+.PHONY: help demo test sim test-integrations lint fmt docs bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +44,10 @@ lint: $(READY) ## check style, types and the import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/diagrams.py --check
+
+docs: $(READY) ## draw the state diagrams of ARCHITECTURE.md anew from the code
+	$(BIN)/python docs/diagrams.py
 
 fmt: $(READY) ## format the code, and mend what ruff can mend
 	$(BIN)/ruff format .

@@ -12,12 +12,14 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 
 import msgspec
 import psutil
 
+from ckptd.agent.again import RecodeRun
 from ckptd.agent.buffers import give_large_buffers_back
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.decode import DecodeService
@@ -64,14 +66,15 @@ class Prepare(Request, frozen=True):
 
 
 class Encode(Request, frozen=True):
-    """Protect the snapshot, together with the other nodes."""
+    """Protect the snapshot, together with the others; or, with `ranks`, as `Protect`, again."""
 
     manifest: JobManifest
     cells: dict[str, str]
+    ranks: dict[int, tuple[str, ...]] = {}
 
 
 class Fetch(Request, frozen=True):
-    """Bring a segment here, then forget it."""
+    """Bring a segment here."""
 
     id: SnapshotId
     rank: int
@@ -208,15 +211,17 @@ class BenchNode:
             self._run = None
             self._store.release(_PARITY)
         self._manifest = request.manifest
-        if place is not None and not self._store.path(_PARITY).exists():
-            cells = parity_cells(request.manifest, *place)
-            self._store.allocate(_PARITY, cells * request.manifest.cell_bytes)
+        if place is not None:
+            size_bytes = parity_cells(request.manifest, *place) * request.manifest.cell_bytes
+            path = self._store.path(_PARITY)
+            if not path.exists() or path.stat().st_size < size_bytes:
+                self._store.allocate(_PARITY, size_bytes)
 
     def _encode(self, request: Encode) -> str:
         outcomes: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._store.keep_manifest(request.manifest)
         path = self._store.path(_PARITY)
-        self._run = EncodeRun(
+        self._run = (partial(RecodeRun, request.ranks) if request.ranks else EncodeRun)(
             request.manifest,
             self._name,
             request.cells,
@@ -236,7 +241,9 @@ class BenchNode:
         path = self._store.path(name)
         if not path.exists() or path.stat().st_size != size_bytes:
             self._store.allocate(name, size_bytes)
-        SegmentFetch(self._reader, request.id, request.rank, request.source).run(path, False)
+        self._store.release(name)
+        fetch = SegmentFetch(self._reader, request.id, request.rank, request.source)
+        self._store.publish_segment(path, fetch.run(path, False).sidecar)
 
     def _pull_cells(self, request: PullCells) -> None:
         def pull(first: int) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 import msgspec
 
 from ckptd.agent.store import Store
-from ckptd.agent.turns import Turns
+from ckptd.agent.turns import Pace, Turns
 from ckptd.digest import cell_span, digest, unpack_one
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.keys import NONCE_BYTES, ClusterKey
@@ -31,6 +31,7 @@ from ckptd.wire import (
     GetEncoded,
     GetManifest,
     GetParity,
+    GetRecoded,
     Message,
     NotHere,
     Payload,
@@ -52,9 +53,10 @@ _PIECE_BYTES = 1 << 20
 _SENT_AT_ONCE = 4
 _UNSENT_BYTES = 256 << 10
 _STALL_S = 0.2
+_LEAST_BYTES_PER_S = 64 << 10
 
 EncodedRow = Callable[[GetEncoded], bytes | memoryview]
-DecodedCell = Callable[[GetDecoded], bytes | memoryview]
+DecodedCell = Callable[[GetDecoded | GetRecoded], bytes | memoryview]
 
 
 class CellServer:
@@ -69,6 +71,7 @@ class CellServer:
         key: ClusterKey,
         rows: EncodedRow,
         decoded: DecodedCell,
+        send_bytes_per_s: float | None = None,
     ) -> None:
         self._node, self._store, self._key = node, store, key
         self._rows, self._decoded = rows, decoded
@@ -76,7 +79,7 @@ class CellServer:
         self._listener = socket.create_server((host, port), backlog=128)
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         self._room = threading.BoundedSemaphore(_CONNECTIONS_LIMIT)
-        self._turns = Turns(_SENT_AT_ONCE)
+        self._turns, self._pace = Turns(_SENT_AT_ONCE), Pace(send_bytes_per_s)
         self.bad_frames = 0
         self._closed = False
         threading.Thread(target=self._accept, name="ckptd-cells", daemon=True).start()
@@ -133,7 +136,7 @@ class CellServer:
                     self._send_parity(conn, request)
                 case GetEncoded():
                     self._send_bytes(conn, self._rows(request), request.stripe)
-                case GetDecoded():
+                case GetDecoded() | GetRecoded():
                     self._send_bytes(conn, self._decoded(request))
                 case GetManifest():
                     self._send_bytes(conn, msgspec.msgpack.encode(self._manifest(request)))
@@ -161,9 +164,7 @@ class CellServer:
                 _send_frame(conn, Payload(length, want))
                 self._send_file(conn, file.fileno(), offset, length)
 
-    def _send_bytes(
-        self, conn: socket.socket, body: bytes | memoryview, order: int = 0
-    ) -> None:
+    def _send_bytes(self, conn: socket.socket, body: bytes | memoryview, order: int = 0) -> None:
         _send_frame(conn, Payload(len(body), digest(body)))
         whole = memoryview(body)
         self._send(conn, len(whole), order, lambda start, end: conn.send(whole[start:end]))
@@ -190,16 +191,21 @@ class CellServer:
             with self._turns.one(order):
                 while sent < end and not stalled:
                     try:
-                        moved = send(sent, end)
+                        moved = send(sent, sent + self._pace.most_bytes(end - sent))
                     except BlockingIOError:
                         stalled = not writable.poll(_STALL_S * 1000)
                         continue
                     if not moved:
                         raise ConnectionResetError("the file is shorter than its manifest says")
                     sent += moved
+                    self._pace.spend(moved)
             # A peer that takes nothing must not keep others from their turn.
             if stalled and not writable.poll(PEER_TIMEOUT_S * 1000):
                 raise TimeoutError("the peer does not take the bytes")
+
+
+class _Abandoned(Exception):
+    """A connection has answers on the way that nobody will take."""
 
 
 class Peers:
@@ -238,14 +244,27 @@ class Peers:
             _receive_into(conn, into[: payload.length_bytes])
             return payload.length_bytes, payload.digest
 
+    @contextmanager
+    def pipeline(self, address: str) -> Iterator["Pipeline"]:
+        """A connection for many requests, the next before the last is answered. Raises as `fetch`.
+
+        It is reused afterwards if all has been answered.
+        """
+        with suppress(_Abandoned), self._connection(address) as conn:
+            conn.settimeout(PEER_TIMEOUT_S)
+            pipe = Pipeline(self, conn, address)
+            yield pipe
+            if pipe.unanswered:
+                raise _Abandoned
+
     def fetch_manifest(self, address: str, request: GetManifest) -> NodeManifest:
-        """Raises Gone, ProtocolError or OSError."""
+        """Raises Gone, CorruptData, ProtocolError or OSError."""
         with self._connection(address) as conn:
             payload = self._ask(conn, address, request, _MANIFEST_LIMIT_BYTES)
             body = bytearray(payload.length_bytes)
             _receive_into(conn, memoryview(body))
         if digest(body) != payload.digest:
-            raise ProtocolError(f"the manifest from {address} was damaged on the way")
+            raise CorruptData(f"the manifest from {address} was damaged on the way")
         try:
             manifest = msgspec.msgpack.decode(body, type=NodeManifest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -258,6 +277,10 @@ class Peers:
         self, conn: socket.socket, address: str, request: PeerRequest, limit_bytes: int
     ) -> Payload:
         _send_frame(conn, request)
+        return self.reply(conn, address, limit_bytes)
+
+    def reply(self, conn: socket.socket, address: str, limit_bytes: int) -> Payload:
+        """The head of an answer. Raises as `fetch`."""
         frame = _receive_frame(conn)
         if frame is None:
             raise ConnectionResetError("the peer has hung up")
@@ -334,6 +357,30 @@ class Peers:
         conn.close()
 
 
+class Pipeline:
+    """Requests and their answers, in the same order, on one connection."""
+
+    def __init__(self, peers: Peers, conn: socket.socket, address: str) -> None:
+        self._peers, self._conn, self._address = peers, conn, address
+        self.unanswered = 0
+
+    def ask(self, request: PeerRequest) -> None:
+        """Send a request. Raises OSError."""
+        self.unanswered += 1
+        _send_frame(self._conn, request)
+
+    def answer(self, into: memoryview) -> tuple[int, int]:
+        """What `Peers.fetch` returns and raises, for the oldest request without an answer."""
+        try:
+            payload = self._peers.reply(self._conn, self._address, len(into))
+        except Gone:
+            self.unanswered -= 1
+            raise
+        _receive_into(self._conn, into[: payload.length_bytes])
+        self.unanswered -= 1
+        return payload.length_bytes, payload.digest
+
+
 def _host_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     try:
@@ -389,8 +436,12 @@ def _receive_exactly(conn: socket.socket, length: int) -> bytes:
 
 
 def _receive_into(conn: socket.socket, into: memoryview) -> None:
+    """Fill `into`. Raises OSError, also where the bytes only drip."""
+    deadline = time.monotonic() + PEER_TIMEOUT_S + len(into) / _LEAST_BYTES_PER_S
     while len(into):
         received = conn.recv_into(into)
         if not received:
             raise ConnectionResetError("the peer hung up in the middle of a message")
         into = into[received:]
+        if len(into) and time.monotonic() > deadline:
+            raise TimeoutError(f"the peer sends less than {_LEAST_BYTES_PER_S} bytes a second")

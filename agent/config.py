@@ -32,5 +32,9 @@ class AgentConfig:
     """Delete the memory directory on a clean stop (SIGTERM, SIGINT)."""
     scrub_bytes_per_s: float = 32 << 20
     """How fast cells at rest are verified; 0: not at all."""
+    send_bytes_per_s: float | None = None
+    """How fast cells are sent to other agents at most; None: as fast as the network lets them."""
+    spare_memory_bytes: int | None = None
+    """How many bytes of the limit may hold lost nodes' segments; None: all that are free."""
     alone: bool = False
     """Embedded: serves no peers, and on a clean stop leaves nothing that no job needs."""

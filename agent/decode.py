@@ -4,6 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 
 from ckptd.agent.protect import codec_for, encode_cells
 from ckptd.agent.reader import CellReader, Read
@@ -12,7 +13,7 @@ from ckptd.erasure import CodecError, Stripe, StripeMap
 from ckptd.errors import CorruptData, Gone, PeerError, Unrecoverable
 from ckptd.ids import SnapshotId
 from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
-from ckptd.wire import GetDecoded, Source
+from ckptd.wire import GetDecoded, GetRecoded, Source
 
 _AT_ONCE = 2  # each needs as much memory as a stripe's data
 _ROOM_WAIT_S = 15.0
@@ -52,6 +53,7 @@ class CellDecoder:
         """`known`: what another decoder of this snapshot has found out already."""
         self._reader, self._id, self._source = reader, id, source
         self._known = known if known is not None else Geometry()
+        reader.damage.meet(source.cells)
 
     def segment(self, rank: int) -> tuple[SegmentDigests, int]:
         """Size and digests of a rank's segment, and the bytes in a cell, from whoever knows them.
@@ -66,20 +68,17 @@ class CellDecoder:
             group, member = job.group_of(rank)
             members = job.groups[group].members
             keepers = self.addresses([m.node for m in members])
-            askable.append((members[member].node, keepers))
+            askable.append((members[member].origin, keepers))
         failure: Exception = Gone(f"nobody knows the digests of rank {rank} of {self._id}")
         for node, addresses in askable:
             try:
                 with self._known.mutex:
                     manifest = self._known.manifests.get(node)
-                if manifest is None:
-                    manifest = self._reader.node_manifest(self._id, node, addresses)
+                if manifest is None or all(each.rank != rank for each in manifest.segments):
+                    manifest = self._reader.node_manifest(self._id, node, addresses, rank)
                     with self._known.mutex:
                         self._known.manifests[node] = manifest
                 segment = manifest.segment(rank)
-            except KeyError:
-                failure = Gone(f"{node} has no rank {rank} of {self._id}")
-                continue
             except (PeerError, OSError) as error:
                 failure = error
                 continue
@@ -146,6 +145,39 @@ class CellDecoder:
         cells = {node: source.cells[node] for node in sorted(named) if node in source.cells}
         return GetDecoded(self._id, rank, index, where, parity, cells)
 
+    def recoders(self, group: int, stripe: Stripe) -> list[str]:
+        """Addresses of those who hold a data cell of the stripe; each turn begins with another."""
+        found = [h for rank, _ in self._cells_of(group, stripe) for h in self.holders(rank)[:1]]
+        turn = stripe.number // len(self._group(group).members)
+        first = turn % max(1, len(found))
+        return found[first:] + found[:first]
+
+    def row_request(self, group: int, stripe: Stripe, row: int) -> GetRecoded:
+        """What to ask one of them for."""
+        source = self._source
+        ranks = sorted({rank for rank, _ in self._cells_of(group, stripe)})
+        where = {rank: source.ranks[rank] for rank in ranks if rank in source.ranks}
+        named = sorted({node for held in where.values() for node in held})
+        cells = {node: source.cells[node] for node in named if node in source.cells}
+        return GetRecoded(self._id, group, stripe.number, row, where, cells)
+
+    def row_length(self, group: int, stripe: int, row: int) -> int:
+        """Bytes in a parity row: those of its stripe's longest data cell.
+
+        Raises Gone if there is no such row.
+        """
+        manifest = self._job()
+        missing = Gone(f"{self._id} has no row {row} of stripe {stripe} of group {group}")
+        if group >= len(manifest.groups) or row >= manifest.groups[group].parity_shards:
+            raise missing
+        stripes, _ = self._known.of_group(manifest, group)
+        if stripe >= len(stripes.stripes) or stripes.stripes[stripe].is_void:
+            raise missing
+        extents = (e for member in manifest.groups[group].members for e in member.extents)
+        sizes = {extent.rank: extent.size_bytes for extent in extents}
+        cells = self._cells_of(group, stripes.stripes[stripe])
+        return max(cell_span(index, sizes[rank], manifest.cell_bytes)[1] for rank, index in cells)
+
     def decode(self, segment: SegmentDigests, index: int, into: memoryview, why: str = "") -> None:
         """Decode one data cell from the other cells of its stripe, whichever can be had.
 
@@ -177,20 +209,50 @@ class CellDecoder:
                     f"{what} cannot be rebuilt: {len(shards)} of the {group.data_shards} cells "
                     f"that stripe {stripe.number} needs are there ({'; '.join(missing[:4])})"
                 )
-            longest = max(len(into), *(length for _, length in shards.values()))
-            for view, length in shards.values():
-                view[length:longest] = bytes(longest - length)
-            try:
-                codec_for(manifest, group).decode(
-                    {n: view[:longest] for n, (view, _) in shards.items()}, {wanted: out[:longest]}
-                )
-            except CodecError as error:
-                raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
-            if digest(out[: len(into)]) != unpack_one(segment.digests, index):
+            codec, want = codec_for(manifest, group), unpack_one(segment.digests, index)
+
+            def is_right() -> bool:
+                longest = max(len(into), *(length for _, length in shards.values()))
+                for view, length in shards.values():
+                    view[length:longest] = bytes(longest - length)
+                found = {n: view[:longest] for n, (view, _) in shards.items()}
+                try:
+                    codec.decode(found, {wanted: out[:longest]})
+                except CodecError as error:
+                    raise Unrecoverable(f"{what} cannot be decoded: {error}") from error
+                return digest(out[: len(into)]) == want
+
+            if not is_right() and not self._other_parity_is_right(shards, sources, group, is_right):
                 raise CorruptData(
                     f"{what}, decoded from stripe {stripe.number}, does not have its digest"
                 )
             into[:] = out[: len(into)]
+
+    def _other_parity_is_right(
+        self,
+        shards: dict[int, tuple[memoryview, int]],
+        sources: list[tuple[int, Read]],
+        group: Group,
+        is_right: Callable[[], bool],
+    ) -> bool:
+        """Try the rest of the parity in place of what was read of it.
+
+        Data had the digests of its capture, but a row of parity only the one that it was stored
+        with: it may have been computed wrongly.
+        """
+        rows = {n: shards.pop(n) for n in list(shards) if n >= group.data_shards}
+        data, used = dict(shards), set(rows)
+        with self._reader.buffers.lend(self._job().cell_bytes, len(sources)) as views:
+            lengths = self._reader.read_all([read for _, read in sources], views)
+            for (row, _), view, got in zip(sources, views, lengths, strict=True):
+                if isinstance(got, int):
+                    rows[row] = view, got
+            for chosen in combinations(rows, len(used)):
+                shards.clear()
+                shards.update(data | {row: rows[row] for row in chosen})
+                if set(chosen) != used and is_right():
+                    return True
+        return False
 
     def encode(self, group: int, stripe: int, row: int, into: memoryview) -> None:
         """Compute a parity row anew from the data of its stripe.
@@ -266,7 +328,7 @@ def source_when_protected(manifest: JobManifest, cells: dict[str, str]) -> Sourc
 
 
 class DecodeService:
-    """Answers GetDecoded: decodes cells here for a node that has lost them."""
+    """Answers GetDecoded and GetRecoded: makes cells here for a node that has lost them."""
 
     def __init__(
         self, reader: CellReader, manifest_of: Callable[[SnapshotId], JobManifest | None]
@@ -276,7 +338,7 @@ class DecodeService:
         self._geometries: OrderedDict[SnapshotId, Geometry] = OrderedDict()
         self._room = threading.BoundedSemaphore(_AT_ONCE)
 
-    def __call__(self, request: GetDecoded) -> memoryview:
+    def __call__(self, request: GetDecoded | GetRecoded) -> memoryview:
         """The cell. Raises Gone, CorruptData or Unrecoverable."""
         manifest = self._manifest_of(request.id)
         if manifest is None:
@@ -284,15 +346,13 @@ class DecodeService:
         if not self._room.acquire(timeout=_ROOM_WAIT_S):
             raise Gone(f"{self._reader.node} decodes as much as it can")
         try:
-            source = Source(manifest, request.ranks, {}, request.parity, request.cells)
+            parity = request.parity if isinstance(request, GetDecoded) else ()
+            source = Source(manifest, request.ranks, {}, parity, request.cells)
             known = self.geometry(request.id)
             decoder = CellDecoder(self._reader, request.id, source, known)
-            decoder.stripe_of(request.rank, request.cell)  # there is such a cell
-            segment, cell_bytes = decoder.segment(request.rank)
-            _, length = cell_span(request.cell, segment.size_bytes, cell_bytes)
-            into = memoryview(bytearray(length))
-            decoder.decode(segment, request.cell, into)
-            return into
+            if isinstance(request, GetDecoded):
+                return _decoded(decoder, request)
+            return _recoded(decoder, request)
         except OSError as error:
             raise Gone(f"{self._reader.node} cannot decode it: {error}") from error
         finally:
@@ -306,3 +366,18 @@ class DecodeService:
             while len(self._geometries) > _SNAPSHOTS_KNOWN:
                 self._geometries.popitem(last=False)
             return found
+
+
+def _decoded(decoder: CellDecoder, request: GetDecoded) -> memoryview:
+    decoder.stripe_of(request.rank, request.cell)  # there is such a cell
+    segment, cell_bytes = decoder.segment(request.rank)
+    _, length = cell_span(request.cell, segment.size_bytes, cell_bytes)
+    into = memoryview(bytearray(length))
+    decoder.decode(segment, request.cell, into)
+    return into
+
+
+def _recoded(decoder: CellDecoder, request: GetRecoded) -> memoryview:
+    into = memoryview(bytearray(decoder.row_length(request.group, request.stripe, request.row)))
+    decoder.encode(request.group, request.stripe, request.row, into)
+    return into

@@ -5,7 +5,7 @@ action that stores something (`KeepRecord`, `KeepManifest`) has finished before 
 So whatever is reported was stored before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest, JobRecord
@@ -127,6 +127,24 @@ class Scrubbed:
 
 
 @dataclass(frozen=True, slots=True)
+class RecodeMoved:
+    """So many of the parity cells that are made anew are here, for so long."""
+
+    id: SnapshotId
+    done: int
+    cells: int
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """`node` has sent so many damaged cells, in all, since this agent was started."""
+
+    node: str
+    cells: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchMoved:
     """So many of the cells that a segment needs have been brought here, for so long."""
 
@@ -167,6 +185,8 @@ Event = (
     | EncodeFailed
     | Trouble
     | Scrubbed
+    | RecodeMoved
+    | Damaged
     | FetchMoved
     | Fetched
     | FetchFailed
@@ -248,8 +268,8 @@ class ForgetJob:
 class Encode:
     """Protect this node's part: answered by Encoded or EncodeFailed.
 
-    Repeated while it is under way: only the addresses are new. `serve_only`: this node has its
-    parity, and others want the rows that it encodes.
+    Repeated while it is under way: only names and addresses are new. `serve_only`: this node has
+    its parity, and others want the rows that it encodes. `ranks`: as of `Protect`.
     """
 
     manifest: JobManifest
@@ -257,6 +277,7 @@ class Encode:
     name: str
     size_bytes: int
     serve_only: bool = False
+    ranks: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from ckptd.segment import LENGTH_BYTES, Sidecar, checked_record, sidecar_path
 from ckptd.wire import Source
 
 _THREADS = 16
-_HELPERS_ASKED = 2
+HELPERS_ASKED = 2
 _DECODED_AT_ONCE = 2  # each needs as much memory as a stripe's data
 HELPER_TIMEOUT_S = 30.0
 
@@ -140,11 +140,12 @@ class SegmentFetch:
             request = self._decoder.request(segment.rank, index, group, stripe)
             want = unpack_one(segment.digests, index)
             helpers = [h for h in self._decoder.helpers(group, stripe) if h not in self._silent]
-            for helper in helpers[:_HELPERS_ASKED]:
+            for helper in helpers[:HELPERS_ASKED]:
                 try:
                     length, _ = self._reader.peers.fetch(helper, request, into, HELPER_TIMEOUT_S)
                     if length == len(into) and digest(into) == want:
                         return
+                    self._reader.damage.found(helper, what)
                 except PeerError:
                     continue  # it cannot; perhaps this node can
                 except OSError:

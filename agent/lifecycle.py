@@ -47,6 +47,9 @@ from ckptd.wire import (
     RankLeft,
     RankReport,
     RankState,
+    Rebuild,
+    RebuildFailed,
+    Recoding,
     Record,
     Rejected,
     Restore,
@@ -59,6 +62,7 @@ from ckptd.wire import (
     SegmentReady,
     Share,
     SnapshotFailed,
+    Source,
     TakeSnapshot,
     Ticket,
     Undivide,
@@ -73,6 +77,7 @@ from ckptd.wire import (
 PROGRESS_INTERVAL_S = 0.02
 _WAITING_INTERVAL_S = 2.0
 _PROBLEMS_KEPT = 20
+_NO_LIFE = 0  # for which a segment is fetched that no trainer has asked for
 
 
 class Use(enum.Enum):
@@ -120,6 +125,8 @@ class Slot:
     rank: int = -1
     doomed: bool = False
     """Release it as soon as what is under way with it has ended."""
+    guest: bool = False
+    """It was made for the segment of a lost node, and not for a trainer here."""
     broken: bool = False
     """Its file may be missing or cut short: delete it when it has been released."""
 
@@ -172,6 +179,8 @@ class Identity:
     memory_dir: str
     memory_limit_bytes: int
     coordinator: str
+    spare_memory_bytes: int | None = None
+    """How much of the limit may hold other nodes' segments; None: all that is free."""
 
 
 class Lifecycle:
@@ -199,8 +208,14 @@ class Lifecycle:
         """Slot name to the life for which a Fetch into it, or a check of it, is under way."""
         self._fetching: dict[str, Fetching] = {}
         """Slot name to how far its Fetch has come."""
+        self._recoding: dict[SnapshotId, Recoding] = {}
+        """How far parity has come that is made anew."""
         self._scrubbed = (0, 0)
         """Cells that scrubbing has found damaged, and mended."""
+        self._repaired = 0
+        """Cells that were found damaged, and mended, when their segment was wanted."""
+        self._damaged_from: dict[str, int] = {}
+        """Damaged cells that came from each peer."""
         self._bereft: set[str] = set()
         """Jobs that have lost a trainer whose slots the next life will claim."""
         self._out: list[ev.Action] = []
@@ -256,6 +271,11 @@ class Lifecycle:
             case ev.Scrubbed():
                 self._scrubbed = (event.damaged_cells, event.mended_cells)
                 self._problem(event.text)
+            case ev.RecodeMoved():
+                self._recode_moved(event)
+            case ev.Damaged():
+                known = self._damaged_from.get(event.node, 0)
+                self._damaged_from[event.node] = max(known, event.cells)
             case ev.FetchMoved():
                 self._fetch_moved(event)
             case ev.Fetched():
@@ -269,6 +289,7 @@ class Lifecycle:
         if now >= self._beat_at:
             self._beat_at = now + self.beat_s
             if self.connected:
+                damaged, mended = self._scrubbed
                 self._report(
                     Beat(
                         self.identity.node,
@@ -276,7 +297,11 @@ class Lifecycle:
                         self.used_bytes,
                         tuple(self.problems),
                         tuple(self._fetching.values()),
-                        *self._scrubbed,
+                        damaged + self._repaired,
+                        mended + self._repaired,
+                        tuple(self._recoding.values()),
+                        self.spare_bytes,
+                        dict(self._damaged_from),
                     )
                 )
         if now >= self._waiting_at:
@@ -293,6 +318,15 @@ class Lifecycle:
     def used_bytes(self) -> int:
         """Memory in slot and parity files, in bytes."""
         return sum(slot.size_bytes for slot in self.slots.values())
+
+    @property
+    def spare_bytes(self) -> int:
+        """How much more may be held for other nodes, in bytes."""
+        free = self.identity.memory_limit_bytes - self.used_bytes
+        if self.identity.spare_memory_bytes is not None:
+            guests = sum(slot.size_bytes for slot in self.slots.values() if slot.guest)
+            free = min(free, self.identity.spare_memory_bytes - guests)
+        return max(0, free)
 
     def check_invariants(self) -> None:
         """Raise InternalError if what must always hold does not. Called by tests."""
@@ -341,6 +375,8 @@ class Lifecycle:
                         self._tell(trainer.conn, SaveAll(message.reason))
             case Protect() as message:
                 self._protect(message)
+            case Rebuild() as message:
+                self._rebuild(message)
             case Commit() as message:
                 self._do(ev.StopEncode(message.id))
                 for id in message.retire:
@@ -382,6 +418,7 @@ class Lifecycle:
                 records=tuple(self.records.values()),
                 launchers=tuple(self.launchers.values()),
                 problems=tuple(self.problems),
+                spare_bytes=self.spare_bytes,
             )
         )
 
@@ -446,13 +483,15 @@ class Lifecycle:
         if place is None or not manifest.groups[place[0]].parity_shards:
             return
         id = manifest.id
+        known = self.manifests.get(id)
+        if known is not None and known.edition > manifest.edition:
+            self._report(Holds(self._holding(id)))  # so that the coordinator learns of it
+            return
         extents = manifest.groups[place[0]].members[place[1]].extents
-        if not set(extents) <= set(self._extents(id)):
+        if not message.ranks and not set(extents) <= set(self._extents(id)):
             self._fail(id, "dropped", f"{self.identity.node} no longer holds its segments")
             return
         self._keep_manifest(manifest)
-        if not manifest.groups[place[0]].parity_shards:
-            return
         mine = next(
             (
                 s
@@ -474,7 +513,9 @@ class Lifecycle:
             mine = self._parity_slot(id, size_bytes)
             if mine is None:
                 return
-        self._do(ev.Encode(manifest, message.cells, mine.name, mine.size_bytes))
+        self._do(
+            ev.Encode(manifest, message.cells, mine.name, mine.size_bytes, ranks=message.ranks)
+        )
 
     def _parity_slot(self, id: SnapshotId, size_bytes: int) -> Slot | None:
         """A parity file for `id`: a free one of the job of that size, or a new one."""
@@ -638,17 +679,7 @@ class Lifecycle:
             self._tell(trainer.conn, Rejected("Refused", f"{message.id} was not granted"))
             return
         source = grant.source
-        slot = next(
-            (
-                s
-                for s in self.slots.values()
-                if s.id == message.id
-                and s.rank == message.rank
-                and s.use in (Use.CHECKING, Use.SEALED, Use.FETCHING)
-                and not s.doomed
-            ),
-            None,
-        )
+        slot = self._slot_of(message.id, message.rank)
         present = slot is not None
         if slot is None:
             size_bytes = source.sizes.get(message.rank)
@@ -658,37 +689,73 @@ class Lifecycle:
                     Rejected("StateMismatch", f"{message.id} has no rank {message.rank}"),
                 )
                 return
-            slot = self._slot_to_fetch_into(trainer, size_bytes)
+            slot = self._slot_to_fetch_into(
+                trainer.job, size_bytes, self.identity.memory_limit_bytes - self.used_bytes
+            )
             if slot is None:
                 reason = self._too_small(size_bytes, f"to fetch rank {message.rank}'s segment")
                 self._tell(trainer.conn, Rejected("MemoryTooSmall", reason))
                 return
-            slot.id, slot.rank = message.id, message.rank
-            slot.move(Use.FETCHING)
         waiting = self._restoring.setdefault(slot.name, set())
         waiting.add(trainer.conn)
         if present and (slot.name in self._fetches or slot.use is not Use.SEALED):
             return  # under way, for another rank or for a life that is over
-        self._fetches[slot.name] = trainer.life
-        self._world_sizes.setdefault(
-            message.id,
-            source.manifest.world_size if source.manifest else len(source.sizes),
-        )
-        self._do(ev.Fetch(slot.name, slot.size_bytes, message.id, message.rank, source, present))
+        self._fetch(slot, message.id, message.rank, source, trainer.life)
 
-    def _slot_to_fetch_into(self, trainer: Trainer, size_bytes: int) -> Slot | None:
+    def _rebuild(self, message: Rebuild) -> None:
+        """Hold a lost node's segment in spare memory, for whoever will need it."""
+        slot = self._slot_of(message.id, message.rank)
+        if slot is not None:
+            if slot.use is Use.SEALED:
+                self._report(Holds(self._holding(message.id)))
+            return
+        size_bytes = message.source.sizes.get(message.rank, 0)
+        slot = self._slot_to_fetch_into(message.id.job, size_bytes, self.spare_bytes)
+        if slot is None:
+            reason = (
+                f"{self.identity.node} has {self.spare_bytes} spare bytes and rank {message.rank} "
+                f"needs {size_bytes}"
+            )
+            self._report(RebuildFailed(message.id, message.rank, reason))
+            return
+        slot.guest = True
+        if message.source.manifest is not None:
+            self._keep_manifest(message.source.manifest)
+        self._fetch(slot, message.id, message.rank, message.source, _NO_LIFE)
+
+    def _fetch(self, slot: Slot, id: SnapshotId, rank: int, source: Source, life: int) -> None:
+        """Bring a segment into a free slot, or check the one that is there."""
+        present = slot.use is not Use.FREE
+        if not present:
+            slot.id, slot.rank = id, rank
+            slot.move(Use.FETCHING)
+        self._fetches[slot.name] = life
+        world_size = source.manifest.world_size if source.manifest else len(source.sizes)
+        self._world_sizes.setdefault(id, world_size)
+        self._do(ev.Fetch(slot.name, slot.size_bytes, id, rank, source, present))
+
+    def _slot_of(self, id: SnapshotId, rank: int) -> Slot | None:
+        """The slot that has the segment, or will have it."""
+        for slot in self.slots.values():
+            coming = slot.use in (Use.CHECKING, Use.SEALED, Use.FETCHING)
+            if (slot.id, slot.rank) == (id, rank) and coming and not slot.doomed:
+                return slot
+        return None
+
+    def _slot_to_fetch_into(self, job: str, size_bytes: int, room_bytes: int) -> Slot | None:
+        """A free slot that is nobody's, or a new one, if there is room for it."""
         for slot in self.slots.values():
             if (
                 not slot.parity
-                and slot.job == trainer.job
+                and slot.job == job
                 and slot.use is Use.FREE
                 and slot.owner is None
                 and slot.size_bytes == size_bytes
             ):
                 return slot
-        if self.used_bytes + size_bytes > self.identity.memory_limit_bytes:
+        if size_bytes > room_bytes:
             return None
-        slot = Slot(self._new_name(trainer.job, "segment"), trainer.job, size_bytes, Use.FREE)
+        slot = Slot(self._new_name(job, "segment"), job, size_bytes, Use.FREE)
         self.slots[slot.name] = slot
         return slot
 
@@ -877,10 +944,13 @@ class Lifecycle:
         id, rank = slot.id, slot.rank
         slot.move(Use.FREE)
         slot.id, slot.rank, slot.doomed = None, -1, False
+        guest, slot.guest = slot.guest, False
         if slot.broken:
             self._delete(slot)
         elif not slot.parity:
             self._reuse(slot, now)
+            if guest and slot.owner is None and name in self.slots:
+                self._delete(slot)  # nobody here has a use for it
         self._trim(slot.job)
         if id is not None:
             self._forget_size(id)
@@ -909,7 +979,15 @@ class Lifecycle:
                 self._delete(slot)
             self._report_rank(trainer_, now)
 
+    def _recode_moved(self, event: ev.RecodeMoved) -> None:
+        slot = self._encoding(event.id)
+        if slot is not None and not slot.doomed:
+            self._recoding[event.id] = Recoding(
+                event.id, slot.size_bytes, event.cells, event.done, event.for_s
+            )
+
     def _encoded(self, id: SnapshotId) -> None:
+        self._recoding.pop(id, None)
         slot = self._encoding(id)
         if slot is None:
             return
@@ -924,6 +1002,7 @@ class Lifecycle:
         return next((s for s in slots if s.id == id and s.use is Use.ENCODING), None)
 
     def _encode_failed(self, event: ev.EncodeFailed) -> None:
+        self._recoding.pop(event.id, None)
         slot = self._encoding(event.id)
         if slot is None:
             return
@@ -946,6 +1025,8 @@ class Lifecycle:
         self._fetching.pop(event.name, None)
         waiting = self._waiting_for(event.name)
         id = slot.id
+        if slot.use is Use.SEALED:  # it was here, and was looked at
+            self._repaired += event.fetched_cells + event.rebuilt_cells
         if slot.doomed:
             self._release(slot)
         elif slot.use is Use.FETCHING:
@@ -973,7 +1054,10 @@ class Lifecycle:
         slot = self.slots[event.name]
         life = self._fetches.pop(event.name)
         self._fetching.pop(event.name, None)
-        self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
+        if not slot.doomed:  # else nobody is to blame that its cells are gone
+            self._problem(f"{slot.id}, rank {slot.rank}: {event.reason}")
+        if life == _NO_LIFE and slot.id is not None:
+            self._report(RebuildFailed(slot.id, slot.rank, event.reason))
         for trainer in self._waiting_for(event.name):
             if trainer.life == life or slot.doomed:
                 self._tell(trainer.conn, Rejected(event.kind, event.reason))
@@ -1029,7 +1113,8 @@ class Lifecycle:
         )
 
     def _keep_manifest(self, manifest: JobManifest) -> None:
-        if self.manifests.get(manifest.id) != manifest:
+        known = self.manifests.get(manifest.id)
+        if known is None or (known != manifest and known.edition <= manifest.edition):
             self.manifests[manifest.id] = manifest
             self._world_sizes[manifest.id] = manifest.world_size
             self._do(ev.KeepManifest(manifest))

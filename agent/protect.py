@@ -5,34 +5,40 @@ encoder for each stripe): it pulls the k data cells, verifies them, computes all
 keeps the first, and hands the others to the nodes that keep them. Pulling bounds what is under way.
 """
 
+import itertools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
+from msgspec import structs
+
+from ckptd.agent.lanes import Lane, Wanted
 from ckptd.agent.reader import CellReader, Read
 from ckptd.agent.store import Store
 from ckptd.config import erasure_engine
-from ckptd.digest import cell_count, digest, pack
+from ckptd.digest import cell_count, digest, pack, unpack_one
 from ckptd.erasure import Codec, CodecError, Stripe, open_codec
 from ckptd.errors import CorruptData, Gone, ProtocolError
 from ckptd.manifest import Group, JobManifest, NodeManifest, SegmentDigests
 from ckptd.segment import ParitySidecar
-from ckptd.wire import GetEncoded
+from ckptd.wire import GetCell, GetEncoded
 
 ROWS_WINDOW = 8
-_STRIPES_AT_ONCE = 3
-_STRIPES_BYTES = 96 << 20  # at most, in the cells of stripes that are encoded at the same time
-_ROWS_AT_ONCE = 6
+_STRIPES_AHEAD = 6
+_STRIPES_BYTES = 96 << 20  # at most, in the cells of stripes that are read at the same time
+ROWS_AT_ONCE = 6
 _RETRY_S = 0.2
 _RETRY_MAX_S = 2.0
 _ROW_WAIT_S = 5.0
 _ROW_PATIENCE_S = 2.0
 _TROUBLE_AFTER_S = 5.0
+_DAMAGED_TRIES = 3
 
 _codec = lru_cache(open_codec)  # opening runs its self-test
 
@@ -65,15 +71,31 @@ def encode_cells(
 
     Raises what a read raises, and CorruptData if a cell is longer than the rows.
     """
-    length = len(rows[0])
     with reader.buffers.lend(cell_bytes, len(reads)) as buffers:
-        for got, buffer in zip(reader.read_all(reads, buffers), buffers, strict=True):
+        lengths = []
+        for got in reader.read_all(reads, buffers):
             if isinstance(got, Exception):
                 raise got
-            if got > length:
-                raise CorruptData(f"a data cell has {got} bytes, and its parity has {length}")
-            buffer[got:length] = bytes(length - got)
-        codec.encode([buffer[:length] for buffer in buffers], rows)
+            lengths.append(got)
+        encode_read(codec, buffers, lengths, rows)
+
+
+def encode_read(
+    codec: Codec,
+    buffers: Sequence[memoryview],
+    lengths: Sequence[int],
+    rows: Sequence[memoryview],
+) -> None:
+    """Compute all parity rows of the cells in `buffers`, of which so many bytes each are read.
+
+    What is behind them there is overwritten. Raises CorruptData if a cell is longer than the rows.
+    """
+    length = len(rows[0])
+    if max(lengths) > length:
+        raise CorruptData(f"a data cell has {max(lengths)} bytes, and its parity has {length}")
+    for buffer, got in zip(buffers, lengths, strict=True):
+        buffer[got:length] = bytes(length - got)
+    codec.encode([buffer[:length] for buffer in buffers], rows)
 
 
 class Stopped(Exception):
@@ -84,7 +106,8 @@ class EncodeRun:
     """One node's share in protecting one snapshot. `done` is called once, from a thread.
 
     `done(None)` when all parity of this node is stored and published, `done(reason)` when it never
-    will be (the reason is empty when it was stopped). `trouble(reason)` says what is tried again.
+    will be (the reason is empty when it was stopped). `trouble(reason)` says what is tried again,
+    `moved`, in any thread, how many of its parity cells are here.
     """
 
     def __init__(
@@ -98,6 +121,7 @@ class EncodeRun:
         size_bytes: int,
         done: Callable[[str | None], None],
         trouble: Callable[[str], None] = lambda reason: None,
+        moved: Callable[[int, int], None] = lambda done, cells: None,
     ) -> None:
         place = manifest.place_of(node)
         if place is None:
@@ -107,7 +131,7 @@ class EncodeRun:
         self._group = manifest.groups[self._group_index]
         self._map = manifest.stripe_map(self._group_index)
         self._cells, self._path, self._size_bytes = cells, path, size_bytes
-        self._done, self._trouble = done, trouble
+        self._done, self._trouble, self._moved = done, trouble, moved
         self._codec = codec_for(manifest, self._group)
         self._places = [
             list(member.cell_ranks(manifest.cell_bytes)) for member in self._group.members
@@ -120,6 +144,8 @@ class EncodeRun:
         self._stop = threading.Event()
         self._failure: Exception | None = None
         self._patience_s = _ROW_PATIENCE_S
+        self._on_demand = path is None
+        """Rows for others are computed when they are asked for, and not before."""
         self._index = {place: n for n, place in enumerate(self._map.parity_of(self._me))}
         self._parity: dict[tuple[int, int], tuple[int, int]] = {}
 
@@ -133,8 +159,14 @@ class EncodeRun:
         with self._change:
             self._change.notify_all()
 
-    def update(self, cells: dict[str, str]) -> None:
-        """Peers have other addresses now."""
+    def update(
+        self, manifest: JobManifest, cells: dict[str, str], ranks: dict[int, tuple[str, ...]]
+    ) -> None:
+        """Peers have other addresses now, or others have taken the places of lost ones.
+
+        `ranks` is for those who need to know who holds which.
+        """
+        self._manifest, self._group = manifest, manifest.groups[self._group_index]
         self._cells = cells
 
     def row(self, request: GetEncoded) -> memoryview:
@@ -152,7 +184,7 @@ class EncodeRun:
                 lambda: (
                     key in self._rows
                     or request.stripe in self._encoded
-                    or self._path is None
+                    or self._on_demand
                     or self._stop.is_set()
                 ),
                 _ROW_WAIT_S,
@@ -163,7 +195,7 @@ class EncodeRun:
             self._change.notify_all()
             if found is not None:
                 return found
-            if request.stripe not in self._encoded and self._path is not None:
+            if request.stripe not in self._encoded and not self._on_demand:
                 raise Gone(f"stripe {request.stripe} is not encoded yet")
         if not self._manifests_ready.wait(_ROW_WAIT_S):
             raise Gone("the manifests of the group are not here yet")
@@ -181,10 +213,7 @@ class EncodeRun:
                 self._store.allocate(
                     str(self._path.relative_to(self._store.root)), self._size_bytes
                 )
-            collector = threading.Thread(target=self._collect_rows)
-            collector.start()
-            self._encode_own()
-            collector.join()
+            self._fill()
             if not self._stop.is_set():
                 self._publish()
                 self._done(None)
@@ -196,6 +225,13 @@ class EncodeRun:
         # Only now: no thread of this run writes to the parity file any more.
         failure = self._failure
         self._done("" if failure is None else str(failure) or type(failure).__name__)
+
+    def _fill(self) -> None:
+        """Have all parity of this node in its file."""
+        collector = threading.Thread(target=self._collect_rows)
+        collector.start()
+        self._encode_own()
+        collector.join()
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -215,10 +251,11 @@ class EncodeRun:
 
     def _collect_manifests(self) -> None:
         """Keep every node manifest of the group before any parity is made."""
-        for number, member in enumerate(self._group.members):
-            if not member.extents:
+        for number in range(len(self._group.members)):
+            if not self._group.members[number].extents:
                 continue  # it holds parity only
-            manifest = self._again(partial(self._pull_manifest, member.node))
+            manifest = self._again(partial(self._pull_manifest, number))
+            member = self._group.members[number]
             sizes = {(s.rank, s.size_bytes) for s in manifest.segments}
             if not sizes >= {(e.rank, e.size_bytes) for e in member.extents}:
                 raise ProtocolError(f"the manifest of {member.node} does not fit the job manifest")
@@ -228,21 +265,111 @@ class EncodeRun:
                     raise ProtocolError(f"the manifest of {member.node} has missing digests")
             self._node_manifests[number] = manifest
             if member.node != self._node:
-                self._store.keep_node_manifest(manifest)
+                # The group knows the place by its first name, whoever has it now.
+                self._store.keep_node_manifest(structs.replace(manifest, node=member.origin))
         self._manifests_ready.set()
 
-    def _pull_manifest(self, node: str) -> NodeManifest:
-        return self._reader.node_manifest(self._manifest.id, node, self._addresses(node))
+    def _pull_manifest(self, number: int) -> NodeManifest:
+        """Of the node that has the place now."""
+        member = self._group.members[number]
+        rank = member.extents[0].rank
+        addresses = self._addresses(member.node)
+        return self._reader.node_manifest(self._manifest.id, member.node, addresses, rank)
 
     def _encode_own(self) -> None:
-        """Several stripes at once: some wait for cells while others are computed."""
+        """Read the stripes' cells, in order and a few stripes ahead, and encode what is whole."""
         own = [s for s in self._map.stripes if s.encoder == self._me and not s.is_void]
         width_bytes = len(self._group.members) * self._manifest.cell_bytes
-        at_once = max(1, min(_STRIPES_AT_ONCE, _STRIPES_BYTES // width_bytes))
-        self._in_threads(at_once, self._encode_one, own)
+        room = threading.Semaphore(max(1, min(_STRIPES_AHEAD, _STRIPES_BYTES // width_bytes)))
+        with ThreadPoolExecutor(1, "ckptd-encode") as encoder, self._lanes() as lanes:
+            for stripe in own:
+                if not self._wait(room):
+                    return
+                self._pull(stripe, lanes, encoder, room)
 
-    def _encode_one(self, stripe: Stripe) -> None:
-        rows = self._again(partial(self._encode, stripe))
+    @contextmanager
+    def _lanes(self) -> Iterator[list[Lane]]:
+        """A lane from each member."""
+        with ExitStack() as stack:
+            lanes = []
+            for member in self._group.members:
+                lane = Lane(self._reader.peers, partial(self._address, member.node), self._stop)
+                stack.callback(lane.close)
+                lanes.append(lane)
+            yield lanes
+
+    def _wait(self, room: threading.Semaphore) -> bool:
+        """Whether there is room; not, once the run has been stopped."""
+        while not room.acquire(timeout=_RETRY_S):
+            if self._stop.is_set():
+                return False
+        return True
+
+    def _pull(
+        self,
+        stripe: Stripe,
+        lanes: Sequence[Lane],
+        encoder: ThreadPoolExecutor,
+        room: threading.Semaphore,
+    ) -> None:
+        """Read the cells of a stripe, each in its member's lane; with the last, it is encoded."""
+        stack = ExitStack()
+        stack.callback(room.release)
+        cell_bytes = self._manifest.cell_bytes
+        buffers = stack.enter_context(self._reader.buffers.lend(cell_bytes, len(stripe.data)))
+        lengths = [self._cell_length(member, cell) for member, cell in stripe.data]
+        left = itertools.count(len(stripe.data) - 1, -1)  # next() is atomic
+
+        def one_less() -> None:
+            if next(left) == 0:
+                encoder.submit(encode)
+
+        def encode() -> None:
+            with stack:
+                self._guard(partial(self._encode_one, stripe, buffers, lengths))
+
+        for (member, cell), buffer, length in zip(stripe.data, buffers, lengths, strict=True):
+            if cell is None:
+                one_less()
+            else:
+                lanes[member].put(self._wanted(stripe, member, cell, buffer[:length], one_less))
+
+    def _wanted(
+        self,
+        stripe: Stripe,
+        member: int,
+        cell: int,
+        into: memoryview,
+        done: Callable[[], None],
+    ) -> Wanted:
+        """A cell as its lane asks for it."""
+        rank, index = self._places[member][cell]
+        want = unpack_one(self._segment(member, rank).digests, index)
+
+        def take(length: int, _: int) -> bool:
+            right = length == len(into) and digest(into) == want
+            if right:
+                done()
+            else:
+                what = f"cell {index} of rank {rank} of {self._manifest.id}"
+                self._reader.damage.found_of(self._group.members[member].node, what)
+            return right
+
+        def with_patience() -> None:
+            def again() -> None:
+                self._again(lambda: self._read(stripe, member, cell, into))
+
+            self._guard(again)
+            done()
+
+        request = GetCell(self._manifest.id, rank, index, stripe.number)
+        return Wanted(request, into, take, with_patience)
+
+    def _encode_one(
+        self, stripe: Stripe, buffers: Sequence[memoryview], lengths: Sequence[int]
+    ) -> None:
+        rows = [memoryview(bytearray(self._row_length(stripe))) for _ in stripe.parity]
+        encode_read(self._codec, buffers, lengths, rows)
         self._keep(stripe.number, 0, rows[0])
         with self._change:
             self._wait_for_room()
@@ -252,12 +379,6 @@ class EncodeRun:
                 self._rows[stripe.number, number] = rows[number]
             self._encoded.add(stripe.number)
             self._change.notify_all()
-
-    def _in_threads(self, count: int, work: Callable[[_T], None], items: list[_T]) -> None:
-        """`work` for all items, `count` at a time, in order; the first failure stops the run."""
-        with ThreadPoolExecutor(count, thread_name_prefix="ckptd-encode") as pool:
-            for item in items:
-                pool.submit(self._guard, partial(work, item))
 
     def _wait_for_room(self) -> None:
         """Wait until peers have taken rows; then give up the oldest, which can be made again.
@@ -276,9 +397,7 @@ class EncodeRun:
 
     def _encode(self, stripe: Stripe) -> list[memoryview]:
         """All parity rows of one stripe, as long as its longest data cell."""
-        lengths = [self._cell_length(member, cell) for member, cell in stripe.data]
-        length = max(lengths)
-        rows = [memoryview(bytearray(length)) for _ in stripe.parity]
+        rows = [memoryview(bytearray(self._row_length(stripe))) for _ in stripe.parity]
         reads = [partial(self._read, stripe, member, cell) for member, cell in stripe.data]
         encode_cells(self._reader, self._codec, self._manifest.cell_bytes, reads, rows)
         return rows
@@ -293,36 +412,69 @@ class EncodeRun:
             self._segment(member, rank),
             index,
             self._manifest.cell_bytes,
-            self._addresses(self._group.members[member].node),
+            self._holders(member, rank),
             into,
             stripe.number,
         )
 
-    def _collect_rows(self) -> None:
-        wanted = [place for place in self._index if place[1] > 0]
-        self._in_threads(_ROWS_AT_ONCE, self._collect_row, wanted)
+    def _holders(self, member: int, rank: int) -> list[str]:
+        """Addresses of those who hold a segment of the member's, beside this node."""
+        return self._addresses(self._group.members[member].node)
 
-    def _collect_row(self, place: tuple[int, int]) -> None:
-        stripe_number, row = place
-        stripe = self._stripe(stripe_number)
-        length = max(self._cell_length(member, cell) for member, cell in stripe.data)
+    def _collect_rows(self) -> None:
+        """Get the rows that this node keeps of stripes that others encode."""
+        room = threading.Semaphore(ROWS_AT_ONCE)
+        with self._lanes() as lanes:
+            for stripe_number, row in self._index:
+                if row == 0:
+                    continue
+                if not self._wait(room):
+                    return
+                stripe = self._stripe(stripe_number)
+                self._collect_row(stripe, row, lanes[stripe.encoder], room.release)
+
+    def _collect_row(self, stripe: Stripe, row: int, lane: Lane, done: Callable[[], None]) -> None:
         encoder = self._group.members[stripe.encoder].node
-        request = GetEncoded(self._manifest.id, self._group_index, stripe_number, row)
-        with self._reader.buffers.lend(self._manifest.cell_bytes) as (buffer,):
-            self._again(partial(self._pull_row, encoder, request, buffer[:length]))
-            self._keep(stripe_number, row, buffer[:length])
+        request = GetEncoded(self._manifest.id, self._group_index, stripe.number, row)
+        stack = ExitStack()
+        stack.callback(done)
+        (buffer,) = stack.enter_context(self._reader.buffers.lend(self._manifest.cell_bytes))
+        into = buffer[: self._row_length(stripe)]
+
+        def take(length: int, want: int) -> bool:
+            if not self._row_is_whole(encoder, request, into, length, want):
+                return False
+            with stack:
+                self._guard(lambda: self._keep(stripe.number, row, into))
+            return True
+
+        def with_patience() -> None:
+            def again() -> None:
+                self._again(lambda: self._pull_row(encoder, request, into))
+                self._keep(stripe.number, row, into)
+
+            with stack:
+                self._guard(again)
+
+        lane.put(Wanted(request, into, take, with_patience))
 
     def _pull_row(self, encoder: str, request: GetEncoded, into: memoryview) -> None:
-        address = self._cells.get(encoder)
-        if address is None:
-            raise ConnectionError(f"{encoder} is not there")
         try:
-            length, want = self._reader.peers.fetch(address, request, into)
+            length, want = self._reader.peers.fetch(self._address(encoder), request, into)
         except Gone as error:
             # Its encoder is not that far, or has begun again: worth another try.
             raise ConnectionError(str(error)) from error
-        if length != len(into) or digest(into) != want:
+        if not self._row_is_whole(encoder, request, into, length, want):
             raise ConnectionError(f"a parity row from {encoder} was damaged on the way")
+
+    def _row_is_whole(
+        self, encoder: str, request: GetEncoded, row: memoryview, length: int, want: int
+    ) -> bool:
+        whole = length == len(row) and digest(row) == want
+        if not whole:
+            what = f"parity row {request.row} of stripe {request.stripe} of {request.id}"
+            self._reader.damage.found_of(encoder, what)
+        return whole
 
     def _keep(self, stripe: int, row: int, cell: memoryview) -> None:
         """Write one parity cell to its place in the file."""
@@ -333,6 +485,7 @@ class EncodeRun:
             file.seek(number * self._manifest.cell_bytes)
             file.write(cell)
         self._parity[stripe, row] = (len(cell), digest(cell))
+        self._moved(len(self._parity), len(self._index))
 
     def _publish(self) -> None:
         index = list(self._index)
@@ -351,24 +504,30 @@ class EncodeRun:
     def _again(self, attempt: Callable[[], _T]) -> _T:
         """Try until it works, the snapshot is stopped, or trying again cannot help."""
         wait_s, tell_at = _RETRY_S, monotonic() + _TROUBLE_AFTER_S
+        damaged = 0
         while not self._stop.is_set():
             try:
                 return attempt()
+            except (CorruptData, ProtocolError):
+                damaged += 1  # perhaps only on its way, and whole where it comes from
+                if damaged == _DAMAGED_TRIES:
+                    raise
             except OSError as error:
                 if monotonic() >= tell_at:
                     self._trouble(f"{self._manifest.id} is not protected yet: {error}")
                     tell_at = math.inf
-                self._stop.wait(wait_s)
-                wait_s = min(2 * wait_s, _RETRY_MAX_S)
+            self._stop.wait(wait_s)
+            wait_s = min(2 * wait_s, _RETRY_MAX_S)
         raise Stopped
 
     def _addresses(self, node: str) -> list[str]:
         """Where to ask for what `node` has. Raises ConnectionError while it is away."""
-        if node == self._node:
-            return []
+        return [] if node == self._node else [self._address(node)]
+
+    def _address(self, node: str) -> str:
         if node not in self._cells:
             raise ConnectionError(f"{node} is not there")
-        return [self._cells[node]]
+        return self._cells[node]
 
     def _stripe(self, number: int) -> Stripe:
         if not 0 <= number < len(self._map.stripes):
@@ -377,6 +536,9 @@ class EncodeRun:
 
     def _segment(self, member: int, rank: int) -> SegmentDigests:
         return self._node_manifests[member].segment(rank)
+
+    def _row_length(self, stripe: Stripe) -> int:
+        return max(self._cell_length(member, cell) for member, cell in stripe.data)
 
     def _cell_length(self, member: int, cell: int | None) -> int:
         if cell is None:

@@ -3,18 +3,22 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from ckptd.agent.buffers import Buffers
 from ckptd.agent.cells import Peers
+from ckptd.agent.damage import Damage
 from ckptd.agent.store import Store
 from ckptd.digest import cell_span, digest, unpack_one
 from ckptd.errors import CorruptData, Gone, PeerError, ProtocolError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import NodeManifest, SegmentDigests
+from ckptd.segment import LENGTH_BYTES
 from ckptd.wire import GetCell, GetManifest, GetParity
 
 _READS_AT_ONCE = 16
+_UNPUBLISHED = bytes(LENGTH_BYTES) + b"{"
 
 Read = Callable[[memoryview], int]
 """Reads a cell into a buffer, and returns its length in bytes."""
@@ -26,6 +30,8 @@ class CellReader:
     def __init__(self, node: str, store: Store, peers: Peers) -> None:
         self.node, self.store, self.peers = node, store, peers
         self.buffers = Buffers()
+        self.damage = Damage()
+        """What peers have sent that was wrong."""
         self.pool = ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="ckptd-read")
         """For reads that need not wait for one another; nothing in it may wait for it."""
 
@@ -59,7 +65,14 @@ class CellReader:
                     got = self._local_cell(id, segment.rank, index, into[:length])
                 if got == length and digest(into[:length]) == want:
                     return length
-                failures.append(CorruptData(f"{what} from {address or self.node} is damaged"))
+                if index == 0 and into[: len(_UNPUBLISHED)] == _UNPUBLISHED:
+                    # Its node mends another cell of the segment, and publishes it last.
+                    failures.append(Gone(f"{what} is being mended"))
+                    continue
+                if address:
+                    self.damage.found(address, what)
+                whose = self.damage.name(address) if address else self.node
+                failures.append(CorruptData(f"{what} from {whose} is damaged"))
             except (PeerError, OSError) as error:
                 failures.append(error)
         raise _worst(failures)
@@ -68,6 +81,7 @@ class CellReader:
         self, id: SnapshotId, group: int, stripe: int, row: int, address: str, into: memoryview
     ) -> int:
         """Read one parity cell; returns its length. Raises CorruptData, Gone or OSError."""
+        what = f"parity row {row} of stripe {stripe} of {id}"
         if not address:
             with self.store.parity(id) as parity:
                 offset, length, want = parity.cell(group, stripe, row)
@@ -75,7 +89,10 @@ class CellReader:
         else:
             length, want = self.peers.fetch(address, GetParity(id, group, stripe, row), into)
         if digest(into[:length]) != want:
-            raise CorruptData(f"parity row {row} of stripe {stripe} of {id} is damaged")
+            if address:
+                self.damage.found(address, what)
+            whose = self.damage.name(address) if address else self.node
+            raise CorruptData(f"{what} from {whose} is damaged")
         return length
 
     def read_all(
@@ -92,18 +109,28 @@ class CellReader:
             found.append(got)
         return found
 
-    def node_manifest(self, id: SnapshotId, node: str, addresses: Sequence[str]) -> NodeManifest:
-        """The node manifest of `node`, from here or from the first address that has it."""
+    def node_manifest(
+        self, id: SnapshotId, node: str, addresses: Sequence[str], rank: int | None = None
+    ) -> NodeManifest:
+        """The node manifest of `node`, from here or from the first address that has it.
+
+        With a `rank`, one that names it: this node may have been emptied, and hold only a part of
+        what it held when others were told.
+        """
         failures: list[Exception] = []
-        try:
-            if node == self.node:
-                return self.store.node_manifest(id, node)
-            return self.store.read_node_manifest(id, node)
-        except PeerError as error:
-            failures.append(error)
-        for address in addresses:
+        reads: list[Callable[[], NodeManifest]] = [
+            *([partial(self.store.node_manifest, id, node)] if node == self.node else ()),
+            partial(self.store.read_node_manifest, id, node),
+            *(partial(self.peers.fetch_manifest, a, GetManifest(id, node)) for a in addresses),
+        ]
+        for read in reads:
             try:
-                return self.peers.fetch_manifest(address, GetManifest(id, node))
+                found = read()
+                if rank is not None:
+                    found.segment(rank)
+                return found
+            except KeyError:
+                failures.append(Gone(f"{node} has no rank {rank} of {id}"))
             except (PeerError, OSError) as error:
                 failures.append(error)
         raise _worst(failures)
@@ -130,9 +157,12 @@ def read_at(path: os.PathLike[str], offset: int, into: memoryview) -> int:
 
 
 def _worst(failures: Sequence[Exception]) -> Exception:
-    """What says most about why a cell could not be read: damage, then absence, then the network."""
+    """What says most about why a cell could not be read: damage, then the network, then absence.
+
+    Of several of a kind the last: that this node does not have it comes first, and says little.
+    """
     for kind in (CorruptData, OSError, ProtocolError, Gone):
-        for failure in failures:
+        for failure in reversed(failures):
             if isinstance(failure, kind):
                 return failure
     return failures[0]

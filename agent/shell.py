@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -20,6 +21,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from ckptd.agent import events as ev
+from ckptd.agent.again import RecodeRun
 from ckptd.agent.buffers import give_large_buffers_back
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
@@ -123,6 +125,7 @@ class Agent:
             ClusterKey(secrets.token_bytes(32)) if self._config.alone else self._key,
             self._encoded_row,
             self._decode_service,
+            self._config.send_bytes_per_s,
         )
         identity = Identity(
             node=self._config.node,
@@ -138,8 +141,10 @@ class Agent:
             memory_dir=str(self._config.memory_dir),
             memory_limit_bytes=self._config.memory_limit_bytes,
             coordinator=self._config.coordinator,
+            spare_memory_bytes=self._config.spare_memory_bytes,
         )
         self._lifecycle = Lifecycle(identity, adopted, monotonic())
+        self._reader.damage.told = self._damaged
         self._context = zmq.asyncio.Context()
         self._control = client_socket(self._context, identity.incarnation.encode(), self._key)
         monitor = self._control.get_monitor_socket(
@@ -428,9 +433,10 @@ class Agent:
     def _encode(self, action: ev.Encode) -> None:
         id = action.manifest.id
         self._peer_cells = action.cells
+        self._reader.damage.meet(action.cells)
         running = self._runs.get(id)
         if running is not None:
-            running.update(action.cells)
+            running.update(action.manifest, action.cells, action.ranks)
             return
         path = None if action.serve_only else self._store.path(action.name)
 
@@ -451,7 +457,9 @@ class Agent:
     def _encode_run(
         self, action: ev.Encode, path: Path | None, done: Callable[[str | None], None]
     ) -> EncodeRun:
-        return EncodeRun(
+        id = action.manifest.id
+        again = bool(action.ranks) and not action.serve_only
+        return (partial(RecodeRun, action.ranks) if again else EncodeRun)(
             action.manifest,
             self._config.node,
             action.cells,
@@ -461,6 +469,7 @@ class Agent:
             action.size_bytes,
             done,
             self._tell_trouble,
+            self._progress(partial(ev.RecodeMoved, id)) if again else lambda done, cells: None,
         )
 
     def _decoder_of(self, id: SnapshotId) -> CellDecoder | None:
@@ -476,6 +485,11 @@ class Agent:
         event = ev.Scrubbed(stats.damaged_cells, stats.mended_cells, text)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._handle, event)
+
+    def _damaged(self, node: str, cells: int) -> None:
+        """Called from threads that read cells."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._handle, ev.Damaged(node, cells))
 
     def _tell_trouble(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -496,19 +510,25 @@ class Agent:
         path = self._store.path(action.name)
         if not path.exists():
             self._store.allocate(action.name, action.size_bytes)
+        moved = self._progress(partial(ev.FetchMoved, action.name))
+        fetch = SegmentFetch(self._reader, action.id, action.rank, action.source, moved)
+        outcome = fetch.run(path, action.present)
+        self._store.publish_segment(path, outcome.sidecar)
+        return ev.Fetched(action.name, outcome.fetched_cells, outcome.rebuilt_cells)
+
+    def _progress(self, event: Callable[[int, int, float], ev.Event]) -> Callable[[int, int], None]:
+        """What is to be told, in any thread, how many of so many cells are there."""
         began = told = monotonic()
 
         def moved(done: int, cells: int) -> None:
             nonlocal told
             if monotonic() - told >= _PROGRESS_EVERY_S:
                 told = monotonic()
-                event = ev.FetchMoved(action.name, done, cells, told - began)
-                self._loop.call_soon_threadsafe(self._handle, event)
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    news = event(done, cells, told - began)
+                    self._loop.call_soon_threadsafe(self._handle, news)
 
-        fetch = SegmentFetch(self._reader, action.id, action.rank, action.source, moved)
-        outcome = fetch.run(path, action.present)
-        self._store.publish_segment(path, outcome.sidecar)
-        return ev.Fetched(action.name, outcome.fetched_cells, outcome.rebuilt_cells)
+        return moved
 
 
 def _rejected(error: Exception) -> bytes:

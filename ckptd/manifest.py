@@ -4,7 +4,7 @@ A job manifest gives the whole geometry (who holds which ranks, in which group),
 computes the same stripe map from it. A node manifest gives the digests of one node's cells.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 import msgspec
@@ -22,10 +22,20 @@ class Extent(msgspec.Struct, frozen=True, array_like=True, order=True):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One node of a group and the ranks whose segments make up its image, in rank order."""
+    """One node of a group and the ranks whose segments make up its image, in rank order.
+
+    `captured_on`: the node that had the place first, if `node` has taken it over; its name is the
+    one under which the group keeps the node manifest of the place.
+    """
 
     node: NodeId
     extents: tuple[Extent, ...]
+    captured_on: NodeId | None = None
+
+    @property
+    def origin(self) -> str:
+        """The node that captured the segments."""
+        return self.captured_on or self.node
 
     def cells(self, cell_bytes: int) -> int:
         """Number of cells of this member's image."""
@@ -57,7 +67,11 @@ class Ancestor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class JobManifest(msgspec.Struct, frozen=True):
-    """Identity, geometry and ancestry of one snapshot."""
+    """Identity, geometry and ancestry of one snapshot.
+
+    Another `edition` differs only in the names of nodes that have taken the places of lost ones;
+    the highest is true. Places and sizes stay, and with them the stripe map and all parity.
+    """
 
     id: SnapshotId
     world_size: Count
@@ -65,6 +79,24 @@ class JobManifest(msgspec.Struct, frozen=True):
     codec: str
     cell_bytes: Annotated[int, msgspec.Meta(ge=1)]
     ancestors: tuple[Ancestor, ...]
+    edition: Count = 0
+
+    @property
+    def nodes(self) -> set[str]:
+        """All nodes with a place in a group."""
+        return {member.node for group in self.groups for member in group.members}
+
+    def with_nodes(self, taken: Mapping[tuple[int, int], str]) -> "JobManifest":
+        """The next edition: other nodes in some places, given as (group, member)."""
+        groups = []
+        for number, group in enumerate(self.groups):
+            members = list(group.members)
+            for place, member in enumerate(members):
+                if (number, place) in taken:
+                    node = taken[number, place]
+                    members[place] = Member(node, member.extents, member.origin)
+            groups.append(Group(tuple(members), group.parity_shards))
+        return msgspec.structs.replace(self, groups=tuple(groups), edition=self.edition + 1)
 
     def stripe_map(self, group: int) -> StripeMap:
         """The stripes of one group; every node computes the same."""

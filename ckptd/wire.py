@@ -12,7 +12,7 @@ from ckptd.errors import ProtocolError
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
 from ckptd.manifest import Extent, JobManifest, JobRecord
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 FRAME_LIMIT_BYTES = 64 << 20
 TRAINER_FRAME_LIMIT_BYTES = 64 << 10  # one SEQPACKET datagram
 
@@ -235,7 +235,7 @@ class Hello(Message, frozen=True):
     """Who an agent is and all that it holds. Sent on start and whenever the coordinator asks.
 
     `engine` computes `codec` there; `engine_reason` says why no better one does; it
-    is empty if there is none.
+    is empty if there is none. `spare_bytes`: how much more it may hold for other nodes.
     """
 
     node: NodeId
@@ -255,6 +255,7 @@ class Hello(Message, frozen=True):
     records: tuple[JobRecord, ...]
     launchers: tuple[str, ...]
     problems: tuple[str, ...]
+    spare_bytes: Count = 0
 
 
 class Fetching(msgspec.Struct, frozen=True):
@@ -268,8 +269,22 @@ class Fetching(msgspec.Struct, frozen=True):
     for_s: float
 
 
+class Recoding(msgspec.Struct, frozen=True):
+    """Parity that a node makes anew: `done` of so many cells, in all so large, for so long."""
+
+    id: SnapshotId
+    size_bytes: Count
+    cells: Count
+    done: Count
+    for_s: float
+
+
 class Beat(Message, frozen=True):
-    """The agent is alive."""
+    """The agent is alive.
+
+    `damaged_cells` and `mended_cells` are its own; `damaged_from` counts those that came to it from
+    each other node.
+    """
 
     node: NodeId
     incarnation: str
@@ -278,6 +293,9 @@ class Beat(Message, frozen=True):
     fetching: tuple[Fetching, ...] = ()
     damaged_cells: Count = 0
     mended_cells: Count = 0
+    recoding: tuple[Recoding, ...] = ()
+    spare_bytes: Count = 0
+    damaged_from: dict[str, Count] = {}
 
 
 class Holds(Message, frozen=True):
@@ -338,6 +356,14 @@ class SnapshotFailed(Message, frozen=True):
     reason: str
 
 
+class RebuildFailed(Message, frozen=True):
+    """The segment of `rank` could not be rebuilt on this node."""
+
+    id: SnapshotId
+    rank: Count
+    reason: str
+
+
 class LauncherWaiting(Message, frozen=True):
     """A `ckptd run --spare` on this node waits to join `job`; `waiting` False: no more."""
 
@@ -355,6 +381,7 @@ AgentMessage = (
     | SegmentReady
     | LifeResumed
     | SnapshotFailed
+    | RebuildFailed
     | LauncherWaiting
 )
 
@@ -438,10 +465,23 @@ class Undivide(Message, frozen=True):
 
 
 class Protect(Message, frozen=True):
-    """Every rank has sealed: encode. `cells` gives each node's cell server."""
+    """Every rank has sealed: encode. `cells` gives each node's cell server.
+
+    `ranks`, if any: most of the group has its parity. A node that has not gets each row from one
+    that holds data of the stripe, instead of pulling the data itself; they are as in `Source`.
+    """
 
     manifest: JobManifest
-    cells: dict[str, str]
+    cells: dict[NodeId, str]
+    ranks: dict[int, tuple[NodeId, ...]] = {}
+
+
+class Rebuild(Message, frozen=True):
+    """Hold the segment of `rank`, whose node is lost, in spare memory; a later resume finds it."""
+
+    id: SnapshotId
+    rank: Count
+    source: Source
 
 
 class Commit(Message, frozen=True):
@@ -481,6 +521,7 @@ CoordinatorMessage = (
     | TakeSnapshot
     | Undivide
     | Protect
+    | Rebuild
     | Commit
     | Drop
     | Forget
@@ -542,7 +583,7 @@ AgentToLauncher = Here | Work | Rejected
 
 
 class GetCell(Message, frozen=True):
-    """Cell `cell` of the segment of `rank`. Of many requests, those of the lowest order go first."""
+    """Cell `cell` of the segment of `rank`. Of many requests, the lowest order goes first."""
 
     id: SnapshotId
     rank: Count
@@ -582,6 +623,20 @@ class GetDecoded(Message, frozen=True):
     cells: dict[NodeId, str]
 
 
+class GetRecoded(Message, frozen=True):
+    """A parity row that is lost, computed anew by a node that holds data of its stripe.
+
+    `ranks` and `cells` say where that data is, as in `Source`.
+    """
+
+    id: SnapshotId
+    group: Count
+    stripe: Count
+    row: Count
+    ranks: dict[int, tuple[NodeId, ...]]
+    cells: dict[NodeId, str]
+
+
 class GetManifest(Message, frozen=True):
     """The node manifest of `node` for `id`."""
 
@@ -589,7 +644,7 @@ class GetManifest(Message, frozen=True):
     node: NodeId
 
 
-PeerRequest = GetCell | GetParity | GetEncoded | GetDecoded | GetManifest
+PeerRequest = GetCell | GetParity | GetEncoded | GetDecoded | GetRecoded | GetManifest
 
 
 class Payload(Message, frozen=True):

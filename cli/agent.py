@@ -47,6 +47,13 @@ def _default_socket() -> str:
     help="Most bytes in segments and parity. Default: what is there, and 60 % of what is free.",
 )
 @click.option(
+    "--spare-memory",
+    type=options.Size(),
+    envvar="CKPTD_SPARE_MEMORY",
+    show_envvar=True,
+    help="How much of the limit may hold segments of lost nodes. Default: all that is free.",
+)
+@click.option(
     "--listen",
     default="127.0.0.1",
     show_default=True,
@@ -73,6 +80,11 @@ def _default_socket() -> str:
     show_default=True,
     help="Bytes per second of cells at rest that are verified in idle time, and mended; 0: none.",
 )
+@click.option(
+    "--send-rate",
+    type=options.Rate(),
+    help="Send cells to other agents no faster, as 10Gbit/s: leaves the network to the training.",
+)
 @options.key_file
 @options.log_options
 def command(
@@ -81,12 +93,14 @@ def command(
     socket: Path,
     memory_dir: Path,
     memory_limit: int | None,
+    spare_memory: int | None,
     listen: str,
     port: int,
     domain: str,
     spare: bool,
     wipe_on_exit: bool,
     scrub_rate: int,
+    send_rate: float | None,
     key_file: Path | None,
     log_level: str,
     log_json: bool,
@@ -113,6 +127,8 @@ def command(
             key_file=key_file,
             wipe_on_exit=wipe_on_exit,
             scrub_bytes_per_s=scrub_rate,
+            send_bytes_per_s=send_rate,
+            spare_memory_bytes=spare_memory,
         )
     )
 

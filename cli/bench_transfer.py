@@ -29,6 +29,7 @@ from ckptd.wire import Source
 _MEMORY = Path("/dev/shm")
 _EXIT_S = 10.0
 _CONNECTIONS = 4
+_MEASURED = {"seconds", "limit_s", "ratio", "received_ratio", "cpu_s", "own_bytes"}
 _T = TypeVar("_T")
 
 
@@ -132,8 +133,13 @@ class Town:
         self.all_do(node_side.Prepare(self.manifest))
         return self.all_do(node_side.Encode(self.manifest, self.cells))
 
-    def rebuild(self, lost: int) -> Answer:
-        """Bring the image of a member to the newcomer as if the member were gone."""
+    def rebuild(self, lost: int) -> tuple[Answer, Answer]:
+        """Have the newcomer take the place of a member as if that were gone.
+
+        What bringing the image back has come to, and what making the parity anew.
+        """
+        manifest = self.manifest.with_nodes({(0, lost): self.newcomer.name})
+        self.newcomer.do(node_side.Prepare(manifest))
         there = [node.name for number, node in enumerate(self.members) if number != lost]
         source = Source(
             self.manifest,
@@ -142,7 +148,9 @@ class Town:
             tuple(there),
             {name: self.cells[name] for name in there},
         )
-        return self.newcomer.do(node_side.Fetch(self.id, lost, source))
+        image = self.newcomer.do(node_side.Fetch(self.id, lost, source))
+        ranks = {**source.ranks, lost: (self.newcomer.name,)}
+        return image, self.newcomer.do(node_side.Encode(manifest, source.cells, ranks))
 
     def plain(self, size_bytes: int, connections: int) -> Answer:
         """The same bytes over plain sockets, from one member to the newcomer: the limit."""
@@ -279,18 +287,36 @@ def protect(code: str, repeats: int, as_json: bool, **town_flags: Any) -> None:
 @click.command(cls=options.Command)
 @_flags(_code, _image, _cell_size, _rate, _loopback, _repeats, options.as_json)
 def rebuild(code: str, repeats: int, as_json: bool, **town_flags: Any) -> None:
-    """The image of a lost node, brought to a node that holds nothing.
+    """The image of a lost node, brought to a node that holds nothing, and then its parity.
 
-    That node is the one that is measured. The limit is what its link needs for one image.
+    That node is the one that is measured. The limit is what its link needs for one image, and,
+    until the snapshot is protected again, for (1+m/k) images.
     """
     data, parity = options.parse_code(code)
     with _town(data, parity, **town_flags) as town:
         town.protect()
         count = len(town.members)
-        runs = [[town.rebuild(lost % count)] for lost in range(repeats + 1)][1:]
+        runs = [town.rebuild(lost % count) for lost in range(repeats + 1)][1:]
         link, image_bytes = town.link, town.image_bytes
-    result = _result(code, link, image_bytes, runs, image_bytes, "received_ratio")
+    result = _result(
+        code, link, image_bytes, [[image] for image, _ in runs], image_bytes, "received_ratio"
+    )
+    both = [[_sum(image, parity)] for image, parity in runs]
+    least = (1 + parity / data) * image_bytes
+    again = _result(code, link, image_bytes, both, least, "received_ratio")
+    result["protected_again"] = {name: again[name] for name in again.keys() & _MEASURED}
     _report(result, as_json, link)
+
+
+def _sum(one: Answer, other: Answer) -> Answer:
+    """Of one node's requests, one after the other."""
+    return Answer(
+        one.seconds + other.seconds,
+        one.cpu_s + other.cpu_s,
+        one.received_bytes + other.received_bytes,
+        one.sent_bytes + other.sent_bytes,
+        own_bytes=max(one.own_bytes, other.own_bytes),
+    )
 
 
 def _result(
@@ -349,9 +375,13 @@ def _report(result: dict[str, Any], as_json: bool, link: Link) -> None:
         "cpu_s": "processor seconds of the nodes that are measured",
         "own_bytes": "memory beside slots, the most of a node",
     }
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    again = result.get("protected_again", {})
+    rows = [(result.get(name), name, label) for name, label in names.items()]
     for name, label in names.items():
-        value = result.get(name)
+        label = "received, to (1+m/k) images" if name == "received_ratio" else label
+        rows.append((again.get(name), name, f"until protected again: {label}"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for value, name, label in rows:
         if value is None:
             continue
         if isinstance(value, dict):

@@ -51,6 +51,14 @@ from ckptd.logs import set_up_logs
     help="A node that is silent for so many seconds is lost.",
 )
 @click.option(
+    "--rebuild-after",
+    type=click.FloatRange(0, 86400),
+    default=30.0,
+    show_default=True,
+    help="Segments of a node that is lost for so many seconds, and whose place nobody takes, are "
+    "rebuilt on other nodes' spare memory. 0: never.",
+)
+@click.option(
     "--announce",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the bound address to this file, for scripts that listen on port 0 (tcp://…:*).",
@@ -64,6 +72,7 @@ def command(
     cell_size: int,
     beat: float,
     lease: float,
+    rebuild_after: float,
     announce: Path | None,
     key_file: Path | None,
     log_level: str,
@@ -84,5 +93,5 @@ def command(
             f"--parity-shards {parity_shards} must be fewer than --group-nodes {group_nodes}"
         )
     set_up_logs(log_level, log_json)
-    settings = Settings(cell_size, parity_shards, group_nodes, beat, lease)
+    settings = Settings(cell_size, parity_shards, group_nodes, beat, lease, rebuild_after)
     run_coordinator(CoordinatorConfig(listen, settings, key_file, announce))

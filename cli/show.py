@@ -32,6 +32,7 @@ NOWHERE: Mapping[str, Any] = {
     "tiers": [],
     "ranks_on": {},
     "parity_on": [],
+    "protected_again": None,
 }
 """What an ended snapshot lacks beside one that is there."""
 
@@ -132,7 +133,18 @@ def reason_of(snapshot: Mapping[str, Any]) -> list[Text]:
     grave = snapshot["state"] == "lost" or (
         not snapshot["restorable"] and snapshot["state"] in ("sealed", "protected")
     )
-    return [note(snapshot["reason"], BAD if grave else WARN)] if snapshot["reason"] else []
+    found = [note(snapshot["reason"], BAD if grave else WARN)] if snapshot["reason"] else []
+    again = snapshot["protected_again"]
+    if again and again["making"]:
+        whole = again["nodes"] - len(again["without"])
+        where = "; ".join(
+            f"on {one['node']}, {one['done']:.0%}"
+            + (f", {age(one['left_s'])} left" if one["left_s"] is not None else "")
+            for one in again["making"]
+        )
+        text = f"{whole} of {count(again['nodes'], 'node')} hold parity: "
+        found.append(Text(f"{text}is being protected again {where}", BUSY))
+    return found
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,7 @@ def _troubles(job: Mapping[str, Any], nodes: list[dict[str, Any]]) -> list[Text]
             f"{one['done']:.0%}, {show.size(one['bytes_per_s'])}/s, {show.age(one['left_s'])} left"
         )
         found.append(Text(text, show.BUSY))
+    found += [show.note(text, show.BAD) for text in job["no_room"]]
     if job["attached_ranks"] < job["world_size"]:
         text = f"{job['attached_ranks']} of {show.count(job['world_size'], 'rank')} attached"
         found.append(show.note(text))

@@ -41,10 +41,12 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "engine_reason": "",
         "memory_used_bytes": 384 * MIB,
         "memory_limit_bytes": 512 * MIB,
+        "spare_bytes": 128 * MIB,
         "ranks": [],
         "waiting_launchers": [],
         "damaged_cells": 0,
         "mended_cells": 0,
+        "sent_damaged_cells": {},
         "seen_s_ago": 0.2,
         "reasons": [],
         **changed,
@@ -64,6 +66,7 @@ def snapshot(step: int, state: str, **changed: Any) -> dict[str, Any]:
         "tiers": [],
         "ranks_on": {},
         "parity_on": [],
+        "protected_again": None,
         "reason": "",
         **changed,
     }
@@ -86,7 +89,11 @@ NO_ISAL = "isa-l (pyeclib): pyeclib is not installed: pip install pyeclib"
 WAITS = "ranks [4, 5] of 10 to attach to their agents"
 UNRESTORABLE = "group 0 needs 2 of 3 nodes, and the cells of node-b, node-c are not all there"
 REBUILT = "ranks 4, 5, 6, 7 can be rebuilt from parity"
+NO_ROOM = "rank 4 of lm/2.890 is lost and cannot be rebuilt: it needs 900 bytes"
 TORN = "node-c: rank 9 changed a parameter while it was being captured"
+AGAIN = (
+    "4 of 6 nodes hold parity: is being protected again on node-d, 43%, 12 s left; on node-e, 0%"
+)
 
 DOCUMENT: dict[str, Any] = {
     "coordinator": {"up_s": 7500.0, "cell_bytes": 4 * MIB, "beat_s": 0.5, "lease_s": 4.0},
@@ -136,6 +143,7 @@ DOCUMENT: dict[str, Any] = {
                 }
             ],
             "vacancies": {"node-b": "node-d"},
+            "no_room": [NO_ROOM],
             "snapshots": [
                 snapshot(903, "capturing", size_bytes=0),
                 snapshot(895, "sealed", reason=UNRESTORABLE),
@@ -147,6 +155,15 @@ DOCUMENT: dict[str, Any] = {
                     ranks_on={str(r): ["node-a" if r < 4 else "node-c"] for r in (0, 1, 2, 3, 8)},
                     parity_on=["node-a", "node-c"],
                     reason=REBUILT,
+                    protected_again={
+                        "without": ["node-d", "node-e"],
+                        "nodes": 6,
+                        "making": [
+                            {"node": "node-d", "done": 0.43, "left_s": 12.0},
+                            {"node": "node-e", "done": 0.0, "left_s": None},
+                        ],
+                        "hindrances": [],
+                    },
                 ),
             ],
             "ended": [ended(901, "torn", TORN), ended(889, "retired", "")],
@@ -165,6 +182,7 @@ DOCUMENT: dict[str, Any] = {
             "at_risk": {"process_steps": 1, "process_s": 0.4, "node_steps": 2, "node_s": 0.5},
             "groups": [],
             "vacancies": {},
+            "no_room": [],
             "snapshots": [],
             "ended": [],
         },
@@ -197,6 +215,7 @@ def test_status_hides_no_reason_and_no_number(width: int) -> None:
         "spare; waits for lm",
         "job lm waits · life 3 · resumed from 2.890",
         f"! waits for {WAITS}",
+        f"! {NO_ROOM}",
         "! 6 of 10 ranks attached",
         "rank 4 of 2.890 comes to node-d: 25%, 210 MiB/s, 31 s left",
         "! node-d was called in place of node-b",
@@ -204,7 +223,7 @@ def test_status_hides_no_reason_and_no_number(width: int) -> None:
         "0 2+1 zfec 0 nodes node-a, node-b, node-c ! lost: node-b",
         "2.903 capturing 903 – 97 s no",
         f"2.895 sealed 895 77 MiB 105 s no ! {UNRESTORABLE}",
-        f"2.890 protected 890 77 MiB 110 s group ! {REBUILT}",
+        f"2.890 protected 890 77 MiB 110 s group ! {REBUILT} {AGAIN}",
         f"2.901 torn 901 – 99 s no ! {TORN}",
         "job other training · life 1 · step 5 · 0.125 s a step",
         "at risk 1 step, 0.4 s if a process is lost · 2 steps, 0.5 s if a node is lost",
@@ -219,7 +238,7 @@ def test_ls_says_where_each_snapshot_lies(width: int) -> None:
     said = words(ls.render(ls.select(DOCUMENT, None, ended=True)), width)
     assert (
         "lm 2.890 protected 890 77 MiB 110 s group segments on node-a (0-3), node-c (8) "
-        f"parity on node-a, node-c ! {REBUILT}" in said
+        f"parity on node-a, node-c ! {REBUILT} {AGAIN}" in said
     )
     assert f"lm 2.901 torn 901 – 99 s no ! {TORN}" in said
     assert said.index("2.903") < said.index("2.901") < said.index("2.890") < said.index("2.889")

@@ -1,261 +1,70 @@
 """Cells between nodes: several stores, servers and encoders in one process, over loopback."""
 
 import errno
-import queue
 import random
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
 
 from ckptd.agent import cells
-from ckptd.agent.cells import CellServer, Peers
-from ckptd.agent.decode import CellDecoder, DecodeService
-from ckptd.agent.fetch import Outcome, SegmentFetch
+from ckptd.agent.again import RecodeRun
+from ckptd.agent.cells import Peers
+from ckptd.agent.decode import CellDecoder
+from ckptd.agent.fetch import SegmentFetch
 from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
 from ckptd.agent.scrub import Scrubber, ScrubStats
 from ckptd.agent.store import Store, read_segment_sidecar, verify_cells
 from ckptd.cli.local_cluster import wait_until
-from ckptd.digest import cell_count, cell_span, digest, pack
+from ckptd.digest import cell_count, digest
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.ids import SnapshotId
-from ckptd.keys import NONCE_BYTES, ClusterKey
-from ckptd.manifest import Extent, Group, JobManifest, Member, NodeManifest
-from ckptd.segment import Sidecar, TensorSpec, checked_record, plan_layout, sidecar_path
+from ckptd.keys import ClusterKey
+from ckptd.manifest import NodeManifest
+from ckptd.segment import ParitySidecar
 from ckptd.wire import (
     GetCell,
     GetDecoded,
     GetEncoded,
     GetManifest,
     GetParity,
-    Message,
+    GetRecoded,
     Payload,
     PeerRequest,
     Source,
-    encode,
 )
 
-CELL_BYTES = 4096
-DEADLINE_S = 60.0
-ID = SnapshotId("job", 2, 40)
-KEY = ClusterKey(bytes(range(32)))
-
-
-def segment_of(rank: int, world_size: int, rng: random.Random) -> bytes:
-    """A segment of some cells, the last one mostly short."""
-    layout = plan_layout([TensorSpec("model.w", "U8", (rng.randrange(4 * CELL_BYTES),))], 64)
-    header = layout.header(ID, rank, world_size, 64)
-    return header + rng.randbytes(layout.size_bytes - layout.data_begin)
-
-
-class Node:
-    """One agent's data plane."""
-
-    def __init__(self, name: str, host: str, root: Path) -> None:
-        self.name, self.store, self.peers = name, Store(root), Peers(KEY)
-        self.reader = CellReader(name, self.store, self.peers)
-        self.run: EncodeRun | None = None
-        self.job_manifest: JobManifest | None = None
-        decode = DecodeService(self.reader, lambda id: self.job_manifest)
-        self.decoded: list[GetDecoded] = []
-
-        def decoded(request: GetDecoded) -> memoryview:
-            self.decoded.append(request)
-            return decode(request)
-
-        self.server = CellServer(host, 0, name, self.store, KEY, self._row, decoded)
-        self.address = self.server.address
-
-    def _row(self, request: GetEncoded) -> memoryview:
-        if self.run is None or request.id != ID:
-            raise Gone(f"{self.name} does not encode {request.id} (yet)")
-        return self.run.row(request)
-
-    def seal(self, rank: int, raw: bytes, world_size: int) -> None:
-        name = f"job/segment-{rank}.safetensors"
-        self.store.allocate(name, len(raw))
-        path = self.store.path(name)
-        with path.open("r+b") as file:
-            file.write(raw)
-        spans = [
-            cell_span(n, len(raw), CELL_BYTES) for n in range(cell_count(len(raw), CELL_BYTES))
-        ]
-        digests = pack(digest(raw[begin : begin + length]) for begin, length in spans)
-        sidecar = Sidecar(ID, rank, world_size, len(raw), CELL_BYTES, digests)
-        sidecar_path(path).write_bytes(checked_record(sidecar))
-        self.store.check_segment(name, ID, rank)
-
-    def segment(self, rank: int) -> Path:
-        return self.store.path(f"job/segment-{rank}.safetensors")
-
-    @property
-    def parity(self) -> Path:
-        return self.store.path("job/parity-0.cells")
-
-    def close(self) -> None:
-        if self.run is not None:
-            self.run.stop()
-        self.server.close()
-        self.peers.close()
-        self.store.close()
-
-
-class Cluster:
-    """Nodes a, b, c … in one group, with some ranks each, and the segments they sealed."""
-
-    def __init__(
-        self, directory: Path, ranks: list[int], parity_shards: int, rng: random.Random
-    ) -> None:
-        """`ranks`: how many ranks each node has."""
-        self.directory = directory
-        self.nodes = [
-            Node(chr(ord("a") + n), f"127.0.0.{n + 1}", directory / str(n))
-            for n in range(len(ranks))
-        ]
-        self.everybody = list(self.nodes)
-        self.segments = {rank: segment_of(rank, sum(ranks), rng) for rank in range(sum(ranks))}
-        order = list(self.segments)
-        rng.shuffle(order)
-        self.ranks: dict[str, list[int]] = {}
-        members = []
-        for node, count in zip(self.nodes, ranks, strict=True):
-            own, order = sorted(order[:count]), order[count:]
-            self.ranks[node.name] = own
-            for rank in own:
-                node.seal(rank, self.segments[rank], sum(ranks))
-            members.append(
-                Member(node.name, tuple(Extent(rank, len(self.segments[rank])) for rank in own))
-            )
-        self.group = Group(tuple(members), parity_shards)
-        self.manifest = JobManifest(ID, sum(ranks), (self.group,), "zfec", CELL_BYTES, ())
-        self.addresses = {node.name: node.address for node in self.nodes}
-        self.outcomes: queue.Queue[tuple[str, str | None]] = queue.Queue()
-
-    def encode(self, node: Node, addresses: dict[str, str] | None = None) -> EncodeRun:
-        number = self.nodes.index(node)
-        held = len(self.manifest.stripe_map(0).parity_of(number))
-        node.store.keep_manifest(self.manifest)
-        node.job_manifest = self.manifest
-        node.run = EncodeRun(
-            self.manifest,
-            node.name,
-            self.addresses if addresses is None else addresses,
-            node.store,
-            node.reader,
-            node.parity,
-            held * CELL_BYTES,
-            lambda reason: self.outcomes.put((node.name, reason)),
-        )
-        node.run.start()
-        return node.run
-
-    def wait_encoded(self, count: int) -> None:
-        for _ in range(count):
-            assert self.outcomes.get(timeout=DEADLINE_S)[1] is None
-
-    def protect(self) -> None:
-        for node in self.nodes:
-            self.encode(node)
-        self.wait_encoded(len(self.nodes))
-
-    def newcomer(self) -> Node:
-        """A node that holds nothing, and keeps nothing between calls."""
-        number = len(self.everybody)
-        node = Node("z", "127.0.0.99", self.directory / str(number))
-        self.everybody.append(node)
-        return node
-
-    def source(self, lost: tuple[Node, ...] = (), listed: bool = False) -> Source:
-        """What is left without these nodes; `listed`: nobody has noticed yet."""
-        there = [node for node in self.nodes if listed or node not in lost]
-        return Source(
-            self.manifest,
-            {rank: (node.name,) for node in there for rank in self.ranks[node.name]},
-            {rank: len(raw) for rank, raw in self.segments.items()},
-            tuple(node.name for node in there),
-            {node.name: node.address for node in there},
-        )
-
-    def fetch(self, node: Node, rank: int, source: Source, name: str = "job/new") -> Outcome:
-        """Bring a segment to `node`, and see that it is whole."""
-        name += ".safetensors"
-        node.store.allocate(name, len(self.segments[rank]))
-        path = node.store.path(name)
-        outcome = SegmentFetch(node.reader, ID, rank, source).run(path, present=False)
-        assert path.read_bytes() == self.segments[rank]
-        sidecar = read_segment_sidecar(path)
-        assert sidecar == outcome.sidecar
-        verify_cells(path, sidecar)
-        node.store.delete(name)
-        return outcome
-
-    def close(self) -> None:
-        for node in self.everybody:
-            node.close()
-
-
-Build = Callable[..., Cluster]
+from .nodes import (
+    CELL_BYTES,
+    DEADLINE_S,
+    ID,
+    KEY,
+    Build,
+    Cluster,
+    FakeServer,
+    Node,
+    clusters,
+    connect,
+    flip,
+    flip_parity,
+    forge_parity,
+    framed,
+    places_of,
+    shake_hands,
+    wait_for,
+)
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> Iterator[Build]:
-    built: list[Cluster] = []
-
-    def make(ranks: list[int], parity_shards: int, seed: int = 1) -> Cluster:
-        built.append(Cluster(tmp_path / str(len(built)), ranks, parity_shards, random.Random(seed)))
-        return built[-1]
-
-    yield make
-    for cluster in built:
-        cluster.close()
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x40]))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.005)
-
-
-def places_of(cluster: Cluster, node: Node, rank: int, cell: int) -> tuple[int, int]:
-    """(stripe, shard) of a cell."""
-    number = cluster.nodes.index(node)
-    cells_of = list(cluster.group.members[number].cell_ranks(CELL_BYTES))
-    return cluster.manifest.stripe_map(0).locate(number, cells_of.index((rank, cell)))
-
-
-def flip_parity(cluster: Cluster, stripe: int, row: int) -> None:
-    """A bit of the first byte of a parity cell at rest."""
-    keeper = cluster.manifest.stripe_map(0).stripes[stripe].parity[row]
-    index = cluster.manifest.stripe_map(0).parity_of(keeper)
-    flip(cluster.nodes[keeper].parity, index.index((stripe, row)) * CELL_BYTES)
-
-
-def forge_parity(keeper: Node) -> None:
-    """Parity with the right digests, but made of other bytes."""
-    flip(keeper.parity, 0)
-    with keeper.store.parity(ID) as parity:
-        kept = parity.path.read_bytes()
-        sidecar, index = parity.sidecar, list(parity.index)
-    digests = pack(
-        digest(kept[n * CELL_BYTES :][:length]) for n, length in enumerate(sidecar.lengths)
-    )
-    made = type(sidecar)(ID, 0, 1, CELL_BYTES, sidecar.lengths, digests)
-    keeper.store.publish_parity(keeper.parity, made, index)
+    with clusters(tmp_path) as make:
+        yield make
 
 
 class TestLosses:
@@ -331,6 +140,36 @@ class TestLosses:
         with pytest.raises(Unrecoverable, match="b is not there"):
             cluster.fetch(cluster.nodes[2], rank, source)
 
+    def test_one_of_two_segments_is_gone_from_its_own_node(self, build: Build) -> None:
+        """What the node itself knows is no longer all: its group has the digests of both."""
+        cluster = build([2, 2, 2], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        lost, _ = cluster.ranks[node.name]
+        name = f"job/segment-{lost}.safetensors"
+        node.store.release(name)
+        node.store.delete(name)
+        source = cluster.source()
+        del source.ranks[lost]
+        for asked in cluster.nodes:
+            outcome = cluster.fetch(asked, lost, source)
+            assert outcome.rebuilt_cells == cell_count(len(cluster.segments[lost]), CELL_BYTES)
+
+    def test_a_segment_that_its_holder_did_not_have_when_it_was_protected(
+        self, build: Build
+    ) -> None:
+        """Manifests kept since then know less than the holder, which is asked all the same."""
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        owner, holder, other = cluster.nodes
+        (rank,) = cluster.ranks[owner.name]
+        holder.seal(rank, cluster.segments[rank], 3)
+        source = cluster.source((owner,))
+        source.ranks[rank] = (holder.name,)
+        for keeper in (holder, other):
+            keeper.store.path(f"job/{ID.life}.{ID.step}.of.{owner.name}").unlink()
+        assert cluster.fetch(other, rank, source).rebuilt_cells == 0
+
     def test_only_sealed_segments_come_from_their_node(self, build: Build) -> None:
         cluster = build([1, 1], 1)
         whole = cluster.source()
@@ -402,6 +241,199 @@ class TestTheWorkIsShared:
         ):
             with pytest.raises(Gone, match=match):
                 cluster.nodes[1].peers.fetch(helper.address, request, into)
+
+
+class TestProtectedAgain:
+    """A node that has taken a lost one's place gets its parity from the others' data."""
+
+    def lose(self, cluster: Cluster, *lost: Node) -> None:
+        for node in lost:
+            node.close()
+
+    def take_place(self, cluster: Cluster, lost: Node, name: str) -> Node:
+        """A node of this name gets the image of a lost one; the next edition says so."""
+        place = cluster.nodes.index(lost)
+        newcomer = cluster.newcomer(name)
+        gone = tuple(n for n in cluster.nodes if n.name not in cluster.addresses)
+        source = cluster.source((*gone, lost))
+        for rank in cluster.ranks[lost.name]:
+            file = f"job/segment-{rank}.safetensors"
+            newcomer.store.allocate(file, len(cluster.segments[rank]))
+            path = newcomer.store.path(file)
+            outcome = SegmentFetch(newcomer.reader, ID, rank, source).run(path, present=False)
+            newcomer.store.publish_segment(path, outcome.sidecar)
+        cluster.ranks[name] = cluster.ranks[lost.name]
+        cluster.nodes[place] = newcomer
+        if name != lost.name:
+            cluster.manifest = cluster.manifest.with_nodes({(0, place): name})
+            (cluster.group,) = cluster.manifest.groups
+        cluster.addresses = {node.name: node.address for node in cluster.nodes if node not in gone}
+        return newcomer
+
+    def recode(
+        self, cluster: Cluster, node: Node, addresses: dict[str, str] | None = None
+    ) -> EncodeRun:
+        return cluster.encode(node, addresses, partial(RecodeRun, cluster.source().ranks))
+
+    def parity_of(self, node: Node) -> tuple[bytes, ParitySidecar]:
+        with node.store.parity(ID) as parity:
+            return parity.path.read_bytes(), parity.sidecar
+
+    @pytest.mark.parametrize(
+        ("ranks", "parity_shards"),
+        [([1, 1], 1), ([2, 1, 1], 1), ([1, 2, 1, 1], 2), ([1, 1, 2, 1, 1, 1], 2)],
+        ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else str(value),
+    )
+    def test_the_same_parity_byte_for_byte_and_one_cell_for_each(
+        self, ranks: list[int], parity_shards: int, build: Build
+    ) -> None:
+        cluster = build(ranks, parity_shards, seed=len(ranks))
+        cluster.protect()
+        lost = cluster.nodes[1]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        came = count_received(newcomer.peers)
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        assert self.parity_of(newcomer) == before
+        assert sum(came) == sum(before[1].lengths)
+
+    def test_by_all_survivors_in_turn(self, build: Build) -> None:
+        cluster = build([4, 4, 4, 4, 4], 2, seed=3)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        for node in cluster.nodes:
+            node.decoded.clear()
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        asked = [sum(isinstance(r, GetRecoded) for r in n.decoded) for n in cluster.nodes[1:]]
+        assert sum(asked) == len(cluster.manifest.stripe_map(0).parity_of(0))
+        assert min(asked) >= 1
+
+    def test_two_at_once_and_then_two_others_are_lost(self, build: Build) -> None:
+        """What the newcomers made is as good as what was lost, and so are their digests."""
+        cluster = build([1, 2, 1, 1], 2, seed=7)
+        cluster.protect()
+        old = list(cluster.nodes)
+        self.lose(cluster, *old[:2])
+        for node in old[:2]:
+            del cluster.addresses[node.name]
+        newcomers = [
+            self.take_place(cluster, node, name)
+            for node, name in zip(old[:2], ("y", "z"), strict=True)
+        ]
+        for node in newcomers:
+            self.recode(cluster, node)
+        cluster.wait_encoded(2)
+        self.lose(cluster, *old[2:])
+        where = cluster.newcomer("w")
+        for rank in [*cluster.ranks["c"], *cluster.ranks["d"]]:
+            outcome = cluster.fetch(where, rank, cluster.source(tuple(old[2:])))
+            assert outcome.fetched_cells == 0
+        # The digests of what the first newcomer holds are known to the second, too.
+        (rank, *_) = cluster.ranks["y"]
+        own = CellDecoder(newcomers[1].reader, ID, cluster.source((newcomers[0],)))
+        assert own.segment(rank)[0].size_bytes == len(cluster.segments[rank])
+
+    def test_the_same_node_that_has_lost_all_it_had(self, build: Build) -> None:
+        """Under its old name it holds one rank's segment already when it asks for the other's."""
+        cluster = build([1, 2, 1], 1, seed=4)
+        cluster.protect()
+        lost = cluster.nodes[1]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "b")
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        assert cluster.manifest.edition == 0
+        assert self.parity_of(newcomer) == before
+
+    def test_whatever_the_helpers_do_the_right_bytes_come_out(
+        self, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cluster = build([2, 2, 2, 2], 1, seed=6)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+
+        def too_short(request: GetRecoded) -> memoryview:
+            return memoryview(bytearray(1))
+
+        def refuse(request: GetRecoded) -> memoryview:
+            raise Gone("I would rather not")
+
+        for node, answer in zip(cluster.nodes[1:], (too_short, refuse, refuse), strict=True):
+            monkeypatch.setattr(node.server, "_decoded", answer)
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(1)
+        assert self.parity_of(newcomer) == before
+
+    def test_damaged_data_makes_no_parity(self, build: Build) -> None:
+        """It waits until the cell is as it was; a wrong byte is never coded."""
+        cluster = build([1, 1, 1], 1, seed=8)
+        cluster.protect()
+        lost, other = cluster.nodes[0], cluster.nodes[1]
+        before = self.parity_of(lost)
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        (rank,) = cluster.ranks[other.name]
+        flip(other.segment(rank), CELL_BYTES // 2)
+        run = self.recode(cluster, newcomer)
+        wait_for(lambda: any(isinstance(r, GetRecoded) for r in cluster.nodes[2].decoded))
+        assert cluster.outcomes.empty()
+        flip(other.segment(rank), CELL_BYTES // 2)
+        run.update(cluster.manifest, cluster.addresses, {})
+        cluster.wait_encoded(1)
+        assert self.parity_of(newcomer) == before
+
+    def test_one_that_is_stopped_ends_without_parity(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1, seed=9)
+        cluster.protect()
+        lost = cluster.nodes[0]
+        self.lose(cluster, lost)
+        newcomer = self.take_place(cluster, lost, "z")
+        helper = cluster.nodes[1]
+        run = self.recode(cluster, newcomer, {newcomer.name: newcomer.address})
+        run.stop()
+        assert cluster.outcomes.get(timeout=DEADLINE_S) == (newcomer.name, "")
+        with pytest.raises(Gone, match="no parity"), newcomer.store.parity(ID):
+            pass
+        assert not any(isinstance(request, GetRecoded) for request in helper.decoded)
+
+    def test_a_row_that_is_none_is_refused(self, build: Build) -> None:
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        a, b, _ = cluster.nodes
+        into = memoryview(bytearray(CELL_BYTES))
+        for group, stripe, row in ((1, 0, 0), (0, 999, 0), (0, 0, 1)):
+            with pytest.raises(Gone, match="has no row"):
+                b.peers.fetch(a.address, GetRecoded(ID, group, stripe, row, {}, {}), into)
+
+    def test_names_of_the_next_edition_reach_a_run_that_is_under_way(self, build: Build) -> None:
+        """Its encoder has died; the node that takes its place computes the rows for it."""
+        cluster = build([1, 1, 1, 1], 2, seed=11)
+        for node in cluster.nodes[:3]:
+            cluster.encode(node, {n.name: n.address for n in cluster.nodes[:3]})
+        lost = cluster.nodes[3]
+        (rank,) = cluster.ranks[lost.name]
+        raw = cluster.segments[rank]
+        self.lose(cluster, lost)
+        newcomer = cluster.newcomer("z")
+        newcomer.seal(rank, raw, len(cluster.segments))
+        cluster.nodes[3], cluster.ranks["z"] = newcomer, [rank]
+        cluster.manifest = cluster.manifest.with_nodes({(0, 3): "z"})
+        cluster.addresses = {node.name: node.address for node in cluster.nodes}
+        for node in cluster.nodes[:3]:
+            assert node.run is not None
+            node.run.update(cluster.manifest, cluster.addresses, {})
+        self.recode(cluster, newcomer)
+        cluster.wait_encoded(4)
+        assert cluster.source().parity == ("a", "b", "c", "z")
 
 
 def count_received(peers: Peers) -> list[int]:
@@ -489,6 +521,17 @@ class TestFlippedBits:
         forge_parity(cluster.nodes[1])
         with pytest.raises(CorruptData, match="does not have its digest"):
             cluster.fetch(cluster.newcomer(), rank, cluster.source((node,)))
+
+    def test_parity_of_other_data_while_there_is_better(self, build: Build) -> None:
+        """One row was computed wrongly, and has its digest: the other rows give the right bytes."""
+        cluster = build([1, 1, 1, 1, 1], 3, seed=8)
+        cluster.protect()
+        lost = cluster.nodes[4]
+        (rank,) = cluster.ranks[lost.name]
+        for keeper in cluster.nodes[1:3]:
+            forge_parity(keeper)
+        for where in (cluster.newcomer(), cluster.nodes[0], cluster.nodes[1]):
+            cluster.fetch(where, rank, cluster.source((lost,)))
 
 
 class TestScrubbing:
@@ -607,7 +650,7 @@ class TestProtecting:
         assert cluster.outcomes.empty()
         cluster.encode(late)
         for run in runs:
-            run.update(cluster.addresses)
+            run.update(cluster.manifest, cluster.addresses, {})
         cluster.wait_encoded(3)
 
     def test_stop_ends_the_threads(self, build: Build) -> None:
@@ -664,58 +707,6 @@ class TestProtecting:
         for stripe, row in ((1, 1), (0, 0), (0, 2), (-1, 1), (10_000, 1)):
             with pytest.raises(Gone):
                 run.row(GetEncoded(ID, 0, stripe, row))
-
-
-def shake_hands(conn: socket.socket, key: ClusterKey, role: bytes) -> None:
-    """The challenge, from the side of `role`."""
-    other = b"client" if role == b"server" else b"server"
-    ours = bytes(NONCE_BYTES)
-    conn.sendall(ours)
-    theirs = read_exactly(conn, NONCE_BYTES)
-    conn.sendall(key.proof(role, ours, theirs))
-    assert read_exactly(conn, 32) == key.proof(other, theirs, ours)
-
-
-def read_exactly(conn: socket.socket, length: int) -> bytes:
-    raw = b""
-    while len(raw) < length:
-        piece = conn.recv(length - len(raw))
-        assert piece, "the peer hung up"
-        raw += piece
-    return raw
-
-
-def framed(message: Message) -> bytes:
-    frame = encode(message)
-    return struct.pack("!I", len(frame)) + frame
-
-
-def connect(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
-
-
-class FakeServer:
-    """Answers one request on one connection."""
-
-    def __init__(self, answer: bytes, hang_up: bool = False) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "{}:{}".format(*self._listener.getsockname())
-        self._answer, self._hang_up = answer, hang_up
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        with self._listener, self._listener.accept()[0] as conn:
-            shake_hands(conn, KEY, b"server")
-            (length,) = struct.unpack("!I", read_exactly(conn, 4))
-            read_exactly(conn, length)
-            conn.sendall(self._answer)
-            if not self._hang_up:
-                conn.recv(1)
-
-    def close(self) -> None:
-        self._thread.join(DEADLINE_S)
 
 
 def test_a_peer_that_was_silent_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -923,6 +914,15 @@ class TestPeersThatMisbehave:
     def test_a_peer_that_hangs_up_in_the_middle(self) -> None:
         server = FakeServer(framed(Payload(CELL_BYTES, 0)) + b"half", hang_up=True)
         with pytest.raises(ConnectionError):
+            Peers(KEY).fetch(server.address, GetCell(ID, 0, 0), memoryview(bytearray(CELL_BYTES)))
+        server.close()
+
+    def test_a_peer_that_sends_a_byte_now_and_then(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cells, "PEER_TIMEOUT_S", 0.5)
+        monkeypatch.setattr(cells, "_LEAST_BYTES_PER_S", 1 << 30)
+        drips = framed(Payload(CELL_BYTES, 0)) + bytes(CELL_BYTES)
+        server = FakeServer(drips, hang_up=True, drip_s=0.01)
+        with pytest.raises(TimeoutError, match="sends less than"):
             Peers(KEY).fetch(server.address, GetCell(ID, 0, 0), memoryview(bytearray(CELL_BYTES)))
         server.close()
 

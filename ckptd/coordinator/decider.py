@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ckptd.coordinator import choice, recovery
+from ckptd.coordinator import again, choice, recovery, spare
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.state import (
     ENDED,
@@ -46,6 +46,8 @@ from ckptd.wire import (
     RankLeft,
     RankReport,
     RankState,
+    Rebuild,
+    RebuildFailed,
     Record,
     ResumeWaits,
     SegmentReady,
@@ -74,6 +76,9 @@ class Settings:
     """How often an agent says that it is alive, in seconds."""
     lease_s: float = 4.0
     """A node that was silent for so long is lost, in seconds."""
+    rebuild_after_s: float = 30.0
+    """Segments of a node that is lost for so long, in seconds, and whose place nobody takes, are
+    rebuilt on others' spare memory; 0: never."""
     settle_s: float | None = None
     """How long after the start there may be nodes yet unheard, in seconds; None: the lease."""
 
@@ -126,9 +131,11 @@ class Coordinator:
             case Beat():
                 node.memory_used_bytes = message.memory_used_bytes
                 node.problems = message.problems
-                node.fetching = message.fetching
+                node.spare_bytes = message.spare_bytes
+                node.fetching, node.recoding = message.fetching, message.recoding
                 node.damaged_cells = message.damaged_cells
                 node.mended_cells = message.mended_cells
+                node.damaged_from = message.damaged_from
             case Holds():
                 self._holds(name, message.holding, now)
                 self._look_again(message.holding.id.job, now)
@@ -155,6 +162,8 @@ class Coordinator:
                 self._life_resumed(message, now)
             case SnapshotFailed():
                 self._snapshot_failed(name, message, now)
+            case RebuildFailed():
+                self._rebuild_failed(name, message)
             case LauncherWaiting():
                 if message.waiting:
                     node.launchers.add(message.job)
@@ -177,6 +186,8 @@ class Coordinator:
                     undecided = snapshot.unprotected and not snapshot.reason
                     if undecided and snapshot.state is State.SEALED:
                         self._give_up(job, snapshot, snapshot.unprotected, now)
+            self._look_at_parity(job, now)
+            self._rebuild_lost(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
         return self._flush()
@@ -261,6 +272,7 @@ class Coordinator:
         fresh = old is None or old.hello.incarnation != hello.incarnation
         node = Node(hello, peer, now, launchers=set(hello.launchers))
         node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
+        node.spare_bytes = hello.spare_bytes
         self.nodes[hello.node] = node
         self._peers[peer] = hello.node
         self._send(hello.node, Welcome(self.settings.beat_s, self.settings.cell_bytes))
@@ -282,6 +294,7 @@ class Coordinator:
             self._holds(hello.node, holding, now)
         known = {holding.id for holding in hello.holdings}
         for job in list(self.jobs.values()):
+            job.changed = True
             self._resend_orders(job, hello.node, known, fresh, now)
         for state in hello.ranks:
             self._rank_report(hello.node, state, now)
@@ -308,6 +321,9 @@ class Coordinator:
         `fresh`: its agent was restarted, and captures that were under way are lost.
         """
         for snapshot in list(job.snapshots.values()):
+            for rank in [r for r, where in snapshot.rebuilding.items() if where == node]:
+                del snapshot.rebuilding[rank]
+            snapshot.unbuilt.clear()  # with this node others may succeed, too
             if snapshot.state in (State.TICKETED, State.CAPTURING):
                 ranks = [rank for rank, where in job.members.items() if where == node]
                 lost = snapshot.id not in held or (
@@ -319,16 +335,22 @@ class Coordinator:
                 if snapshot.manifest.place_of(node) is not None:
                     # Others may have given up on this node: everybody looks again.
                     self._order_protect(job, snapshot, now)
-            elif snapshot.state is State.PROTECTED and snapshot.id in held:
-                self._send(node, Commit(snapshot.id, ()))
+            elif snapshot.state is State.PROTECTED and snapshot.manifest is not None:
+                place = snapshot.manifest.place_of(node)
+                if place is not None:
+                    snapshot.ordered.pop(place[0], None)
+                whole = recovery.is_protected(snapshot.manifest, self.live_holdings(snapshot.id))
+                if whole and snapshot.id in held:
+                    self._send(node, Commit(snapshot.id, ()))
 
     def _node_lost(self, name: str, now: float) -> None:
         node = self.nodes[name]
         node.live = False
         silent_s = now - node.last_seen
         self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
-        node.holdings = {}
+        node.holdings, node.fetching, node.recoding = {}, (), ()
         for job in self.jobs.values():
+            job.changed = True
             self._forget_attachments(job, name)
             self._miss_nodes(job, now)
 
@@ -589,7 +611,8 @@ class Coordinator:
         snapshot = job.snapshots.get(message.id)
         if snapshot is None or snapshot.state in ENDED:
             return
-        if snapshot.state is State.PROTECTED:
+        if snapshot.state is State.PROTECTED or snapshot.lost_at is not None:
+            snapshot.unable[node] = message.reason
             return
         if message.outcome == "skipped":
             job.pacer.missed()
@@ -650,6 +673,8 @@ class Coordinator:
 
     def _holds(self, node: str, holding: Holding, now: float) -> None:
         held = self.nodes[node].holdings
+        if holding.id.job in self.jobs:
+            self.jobs[holding.id.job].changed = True
         if not holding.extents and not holding.parity:
             held.pop(holding.id, None)
             return
@@ -677,7 +702,7 @@ class Coordinator:
             )
             job.snapshots[holding.id] = snapshot
             job.life = max(job.life, holding.id.life)
-        if snapshot.manifest is None:
+        if _is_newer(holding.manifest, snapshot.manifest):
             snapshot.manifest = holding.manifest
         self._advance(job, snapshot, now)
 
@@ -708,6 +733,100 @@ class Coordinator:
         elif recovery.is_protected(snapshot.manifest, holdings):
             snapshot.move(State.PROTECTED, now)
             self._commit(job, snapshot, now)
+
+    def _find_incomplete(self, job: Job, now: float) -> None:
+        """Note since when the snapshot that a resume would choose has lost segments."""
+        for id in sorted(job.snapshots, reverse=True):
+            snapshot = job.snapshots[id]
+            if snapshot.state not in (State.SEALED, State.PROTECTED) or snapshot.unloadable:
+                continue
+            holdings = self.live_holdings(id)
+            verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
+            if not verdict.restorable:
+                continue
+            if "memory" in verdict.tiers:
+                break  # every segment is there
+            if job.incomplete is None or job.incomplete[0] != id:
+                job.incomplete = id, now
+            return
+        job.incomplete = None
+
+    def _rebuild_lost(self, job: Job, now: float) -> None:
+        """Have segments that were lost for long rebuilt on spare memory, if nobody comes for them.
+
+        Whoever comes to resume fetches them, so as long as somebody may, that is waited for.
+        """
+        for one in job.snapshots.values():
+            if one.rebuilding or one.no_room:
+                self._look_at_rebuilt(job, one, now)
+        if job.incomplete is None or not self.settings.rebuild_after_s:
+            return
+        id, since = job.incomplete
+        snapshot = job.snapshots.get(id)
+        states = [held.state for held in job.attachments.values()]
+        coming = any(state.round != job.round or not job.resumed for state in states)
+        if job.pending is not None or coming:
+            job.incomplete = id, now
+        elif snapshot is not None and now - since >= self.settings.rebuild_after_s:
+            self._order_rebuild(job, snapshot, now)
+
+    def _order_rebuild(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        manifest, holdings = snapshot.manifest, self.live_holdings(snapshot.id)
+        if manifest is None:
+            return
+        there = {*recovery.rank_holders(holdings), *snapshot.rebuilding}
+        lost = [rank for rank in range(snapshot.world_size) if rank not in there]
+        live = {name: node for name, node in self.nodes.items() if node.live}
+        spares = {name: node.spare_bytes for name, node in live.items()}
+        if not lost or snapshot.rebuilding:
+            return  # what is under way may not be in the numbers yet
+        found = spare.place(manifest, holdings, lost, spares, snapshot.unbuilt)
+        cells = {name: node.hello.cells for name, node in live.items()}
+        source = recovery.source(manifest, holdings, cells)
+        for rank, node in found.nodes.items():
+            snapshot.rebuilding[rank] = node
+            self._send(node, Rebuild(snapshot.id, rank, source))
+            text = f"nobody has come for rank {rank} of {snapshot.id}: it is rebuilt on {node}"
+            self._event(now, "rebuild_ordered", job.name, text, node=node, rank=rank)
+        if found.left and not snapshot.no_room:
+            text = self._no_room(snapshot, found.left[0].rank, found.left[0].size_bytes)
+            self._event(now, "no_room_to_rebuild", job.name, text, rank=found.left[0].rank)
+            snapshot.no_room = text
+
+    def _no_room(self, snapshot: Snapshot, rank: int, size_bytes: int) -> str:
+        """Why a lost segment is not rebuilt, and what would help."""
+        live = {name: node for name, node in self.nodes.items() if node.live}
+        spares = ", ".join(f"{name} {node.spare_bytes}" for name, node in sorted(live.items()))
+        failed = [why for (of, _), why in sorted(snapshot.unbuilt.items()) if of == rank]
+        best = max(live, key=lambda name: (live[name].spare_bytes, name))
+        more = max(0, size_bytes - live[best].spare_bytes)
+        return (
+            f"rank {rank} of {snapshot.id} is lost and cannot be rebuilt: it needs {size_bytes} "
+            f"bytes, and spare are {spares}"
+            + (f" ({'; '.join(failed)})" if failed else "")
+            + f"; start the agent on {best} with --memory-limit "
+            f"{live[best].hello.memory_limit_bytes + more} or more (and as much more "
+            "--spare-memory, if it has that), or bring a node"
+        )
+
+    def _look_at_rebuilt(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        """Note what has been rebuilt, and by whom it no longer will be."""
+        held = recovery.rank_holders(self.live_holdings(snapshot.id))
+        if len(held) == snapshot.world_size:
+            snapshot.no_room = ""
+        for rank, node in list(snapshot.rebuilding.items()):
+            if rank in held:
+                text = f"rank {rank} of {snapshot.id} has been rebuilt on {node}"
+                self._event(now, "rebuilt", job.name, text, node=node, rank=rank)
+            if rank in held or not self.nodes[node].live:
+                del snapshot.rebuilding[rank]
+
+    def _rebuild_failed(self, node: str, message: RebuildFailed) -> None:
+        job = self.jobs.get(message.id.job)
+        snapshot = job.snapshots.get(message.id) if job is not None else None
+        if snapshot is not None and snapshot.rebuilding.get(message.rank) == node:
+            del snapshot.rebuilding[message.rank]
+            snapshot.unbuilt[message.rank, node] = message.reason
 
     def _goes_on(self, job: Job, id: SnapshotId) -> bool:
         return id.life == job.life or id == job.resumed_from
@@ -761,16 +880,96 @@ class Coordinator:
                 return
         if lacking:
             return
-        for group in manifest.groups:
-            if not group.parity_shards:
-                continue
-            cells = {
-                member.node: self.nodes[member.node].hello.cells
-                for member in group.members
-                if member.node in self.nodes and self.nodes[member.node].live
-            }
-            for member in group.members:
-                self._send(member.node, Protect(manifest, cells))
+        snapshot.ordered.clear()
+        for number, group in enumerate(manifest.groups):
+            if group.parity_shards:
+                self._order_group(snapshot, number)
+
+    def _order_group(self, snapshot: Snapshot, number: int) -> None:
+        """Order a group's nodes to protect it, unless they have this order."""
+        manifest = snapshot.manifest
+        if manifest is None:
+            return
+        group, holdings = manifest.groups[number], self.live_holdings(snapshot.id)
+        held = recovery.rank_holders(holdings)
+        ranks = {
+            extent.rank: held[extent.rank]
+            for member in group.members
+            for extent in member.extents
+            if extent.rank in held
+        }
+        lacking = [m.node for m in group.members if not again.has_parity(m, holdings)]
+        if len(lacking) > group.parity_shards:
+            ranks = {}  # the first time: all encode together
+        nodes = {member.node for member in group.members}
+        nodes.update(*ranks.values())
+        there = {n: self.nodes[n].hello for n in nodes if n in self.nodes and self.nodes[n].live}
+        order = (manifest.edition, {name: hello.incarnation for name, hello in there.items()})
+        if snapshot.ordered.get(number) == order:
+            return
+        snapshot.ordered[number] = order
+        cells = {name: hello.cells for name, hello in there.items()}
+        for member in group.members:
+            self._send(member.node, Protect(manifest, cells, ranks))
+
+    def _look_at_parity(self, job: Job, now: float) -> None:
+        """Have parity that is lost made anew, of snapshots that no newer one will replace.
+
+        Only if something has changed, and once all nodes have been heard that are there.
+        """
+        if not job.changed or now < self._settled_at:
+            return
+        job.changed = False
+        self._find_incomplete(job, now)
+        for snapshot in list(job.snapshots.values()):
+            counts = snapshot.state in (State.SEALED, State.PROTECTED) and not snapshot.unloadable
+            coded = snapshot.manifest is not None and any(
+                group.parity_shards for group in snapshot.manifest.groups
+            )
+            newer = any(
+                other.id > snapshot.id and other.state is State.PROTECTED and not other.unloadable
+                for other in job.snapshots.values()
+            )
+            if counts and coded and not newer:
+                self._protect_again(job, snapshot, now)
+
+    def _protect_again(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        manifest = snapshot.manifest
+        if manifest is None:
+            return
+        holdings = self.live_holdings(snapshot.id)
+        if recovery.is_protected(manifest, holdings):
+            if snapshot.lost_at is not None:
+                self._protected_again(job, snapshot, now)
+            return
+        plan = again.plan(manifest, holdings)
+        before = snapshot.state is State.PROTECTED or manifest.edition or plan.taken
+        if before and snapshot.lost_at is None:
+            snapshot.lost_at = now
+        snapshot.hindrances = plan.hindrances
+        if plan.taken:
+            snapshot.manifest = manifest.with_nodes(plan.taken)
+        for (group, place), node in plan.taken.items():
+            lost = manifest.groups[group].members[place].node
+            text = f"{node} takes the place of {lost} in {snapshot.id}"
+            self._event(now, "place_taken", job.name, text, node=node, lost=lost)
+        for number in plan.groups:
+            self._order_group(snapshot, number)
+
+    def _protected_again(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        seconds = now - (snapshot.lost_at if snapshot.lost_at is not None else now)
+        snapshot.lost_at, snapshot.hindrances, snapshot.unable = None, (), {}
+        self._event(
+            now,
+            "protected_again",
+            job.name,
+            f"{snapshot.id} is protected again, {seconds:.1f} s after it had lost parity",
+            life=snapshot.id.life,
+            step=snapshot.id.step,
+            seconds=seconds,
+        )
+        for node in self.nodes:
+            self._send(node, Commit(snapshot.id, ()))
 
     def _commit(self, job: Job, snapshot: Snapshot, now: float) -> None:
         """Give permission to free what the snapshot replaces: its ancestors, and dead branches."""
@@ -837,6 +1036,7 @@ class Coordinator:
         pending = job.pending
         if pending is None:
             return
+        self._look_at_parity(job, now)  # a node that is back may have its place again
         verdict = self._missing_ranks(job, pending) or choice.choose(
             job, pending, self.nodes, self._settled_at, 3 * self.settings.beat_s, now
         )
@@ -998,3 +1198,8 @@ class Coordinator:
     def _flush(self) -> list[Send]:
         out, self._out = self._out, []
         return out
+
+
+def _is_newer(found: JobManifest | None, known: JobManifest | None) -> bool:
+    """Whether a manifest that was reported says more than the one that is known."""
+    return found is not None and (known is None or found.edition > known.edition)

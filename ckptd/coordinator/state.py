@@ -8,7 +8,7 @@ from ckptd.coordinator.pacer import Pacer
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest, JobRecord
-from ckptd.wire import Fetching, Hello, Holding, RankState
+from ckptd.wire import Fetching, Hello, Holding, RankState, Recoding
 
 
 class State(enum.Enum):
@@ -57,10 +57,15 @@ class Node:
     launchers: set[str] = field(default_factory=set)
     """Jobs for which a launcher waits on this node."""
     memory_used_bytes: int = 0
+    spare_bytes: int = 0
+    """How much more it may hold for other nodes."""
     problems: tuple[str, ...] = ()
     fetching: tuple[Fetching, ...] = ()
+    recoding: tuple[Recoding, ...] = ()
     damaged_cells: int = 0
     mended_cells: int = 0
+    damaged_from: dict[str, int] = field(default_factory=dict)
+    """Damaged cells that came to it from each other node."""
 
 
 @dataclass
@@ -80,6 +85,20 @@ class Snapshot:
     """It was ticketed by the coordinator before this one, and learnt of from what nodes hold."""
     unprotected: str = ""
     """Why it could not be protected, if it could not."""
+    lost_at: float | None = None
+    """Since when some of its parity is lost, as far as is known here."""
+    hindrances: tuple[str, ...] = ()
+    """Why parity that is lost cannot be made anew."""
+    unable: dict[str, str] = field(default_factory=dict)
+    """Nodes that were told to make it anew and could not, and why."""
+    rebuilding: dict[int, str] = field(default_factory=dict)
+    """Lost ranks, and the nodes that were told to rebuild their segments."""
+    unbuilt: dict[tuple[int, str], str] = field(default_factory=dict)
+    """Ranks, and nodes that could not rebuild their segments, and why."""
+    no_room: str = ""
+    """Why lost segments are not rebuilt, if there is no room for them."""
+    ordered: dict[int, object] = field(default_factory=dict)
+    """By group: to whom, and with which edition, the order to protect was given last."""
 
     def move(self, state: State, now: float, reason: str = "") -> None:
         """Change state, by the table only."""
@@ -142,6 +161,10 @@ class Job:
     """Ranks of `life` that said that the job is finished."""
     left: set[int] = field(default_factory=set)
     """Ranks of `life` that detached on purpose."""
+    incomplete: tuple[SnapshotId, float] | None = None
+    """The snapshot that a resume would choose, if segments of it are lost, and since when."""
+    changed: bool = False
+    """What nodes hold of it has changed since that was last looked at as a whole."""
     tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))
     """The newest tickets and when they were issued, those that were dropped since included."""
     disagree_since: float | None = None

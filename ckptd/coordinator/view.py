@@ -3,6 +3,7 @@
 from typing import Any
 
 from ckptd.coordinator import recovery
+from ckptd.coordinator.again import has_parity, is_at_home
 from ckptd.coordinator.decider import Coordinator
 from ckptd.coordinator.state import Job, Node, Snapshot, State
 from ckptd.erasure import default_parity, exposures
@@ -37,6 +38,19 @@ def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[s
 def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[str, Any]:
     silent_s = now - node.last_seen
     reasons = list(node.problems)
+    sent = {
+        receiver: other.damaged_from[name]
+        for receiver, other in sorted(coordinator.nodes.items())
+        if other.damaged_from.get(name)
+    }
+    if sent:
+        count = sum(sent.values())
+        to = ", ".join(f"{cells} to {receiver}" for receiver, cells in sent.items())
+        reasons.insert(
+            0,
+            f"{name} sent {count} damaged cell{'s' * (count > 1)} ({to}): look at its memory, and "
+            "at the network from it",
+        )
     if not node.live:
         reasons.insert(0, f"lost: silent for {silent_s:.0f} s")
     elif silent_s > 3 * coordinator.settings.beat_s:
@@ -60,10 +74,12 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
         "engine_reason": hello.engine_reason,
         "memory_used_bytes": node.memory_used_bytes,
         "memory_limit_bytes": hello.memory_limit_bytes,
+        "spare_bytes": node.spare_bytes,
         "ranks": [{"job": job, "rank": rank} for job, rank in ranks],
         "waiting_launchers": sorted(node.launchers),
         "damaged_cells": node.damaged_cells,
         "mended_cells": node.mended_cells,
+        "sent_damaged_cells": sent,
         "seen_s_ago": silent_s,
         "reasons": reasons,
     }
@@ -98,6 +114,7 @@ def _job(coordinator: Coordinator, job: Job, now: float) -> dict[str, Any]:
         "restoring": _restoring(coordinator, job),
         "groups": _groups(coordinator, job),
         "vacancies": dict(job.vacancies),
+        "no_room": [one.no_room for one in job.snapshots.values() if one.no_room],
         "snapshots": snapshots,
         "ended": [
             {
@@ -139,15 +156,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
     verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
     sizes = recovery.source(snapshot.manifest, holdings, {}).sizes
     partial = snapshot.state in (State.TICKETED, State.CAPTURING)
-    without = [
-        member.node
-        for group in (snapshot.manifest.groups if snapshot.manifest is not None else ())
-        for member in group.members
-        if group.parity_shards and (member.node not in holdings or not holdings[member.node].parity)
-    ]
-    lacks = ""
-    if snapshot.state is State.PROTECTED and without:
-        lacks = f"the parity of {', '.join(without)} is gone"
+    again = _again(coordinator, snapshot)
     return {
         "id": str(snapshot.id),
         "life": snapshot.id.life,
@@ -163,9 +172,57 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
             str(rank): list(nodes) for rank, nodes in recovery.rank_holders(holdings).items()
         },
         "parity_on": list(recovery.parity_holders(holdings)),
+        "protected_again": again,
         "reason": "; ".join(
-            x for x in (snapshot.reason, "" if partial else verdict.reason, lacks) if x
+            x
+            for x in (
+                snapshot.reason,
+                "" if partial else verdict.reason,
+                f"the parity of {', '.join(again['without'])} is gone" if again else "",
+                *(again["hindrances"] if again else ()),
+            )
+            if x
         ),
+    }
+
+
+def _again(coordinator: Coordinator, snapshot: Snapshot) -> dict[str, Any] | None:
+    """How a snapshot that has lost parity gets it back; None if it has not.
+
+    `left_s` is None until it is known how fast it goes.
+    """
+    manifest = snapshot.manifest
+    if manifest is None or (snapshot.state is not State.PROTECTED and snapshot.lost_at is None):
+        return None
+    holdings = coordinator.live_holdings(snapshot.id)
+    places = [
+        (number, member)
+        for number, group in enumerate(manifest.groups)
+        for member in group.members
+        if group.parity_shards
+    ]
+    lacking = [(n, member) for n, member in places if not has_parity(member, holdings)]
+    if not lacking:
+        return None
+    making = []
+    for number, member in lacking:
+        node = coordinator.nodes.get(member.node)
+        ordered = number in snapshot.ordered and member.node not in snapshot.unable
+        if node is not None and ordered and is_at_home(member, member.node, holdings):
+            moved = next((one for one in node.recoding if one.id == snapshot.id), None)
+            left_s = None
+            if moved is not None and moved.done:
+                left_s = (moved.cells - moved.done) * moved.for_s / moved.done
+            done = moved.done / max(1, moved.cells) if moved is not None else 0.0
+            making.append({"node": member.node, "done": done, "left_s": left_s})
+    return {
+        "without": [member.node for _, member in lacking],
+        "nodes": len(places),
+        "making": making,
+        "hindrances": [
+            *(f"it cannot be made again: {why}" for why in snapshot.hindrances),
+            *(f"{node} cannot make it: {why}" for node, why in sorted(snapshot.unable.items())),
+        ],
     }
 
 

@@ -49,6 +49,7 @@ class Node:
     inbox: list[CoordinatorMessage] = field(default_factory=list)
     up: bool = True
     domain: str = ""
+    spare_bytes: int = 0
 
     @property
     def peer(self) -> bytes:
@@ -140,7 +141,8 @@ class Cluster:
             self.now = min(end, self.now + self.settings.beat_s)
             for name, node in self.nodes.items():
                 if node.up and name not in silent:
-                    self.say(name, Beat(name, str(node.incarnation), 0, ()))
+                    beat = Beat(name, str(node.incarnation), 0, (), spare_bytes=node.spare_bytes)
+                    self.say(name, beat)
             self.deliver(self.coordinator.tick(self.now))
 
     def destroy(self, *names: str, wait: bool = True) -> None:
@@ -239,6 +241,15 @@ class Cluster:
         """The node has stored all its parity of `id`."""
         held = self.nodes[name].holdings[id]
         self.say(name, Holds(msgspec.structs.replace(held, parity=True)))
+
+    def bring(self, name: str, id: SnapshotId, *ranks: int) -> None:
+        """The node has fetched these segments, beside what it holds."""
+        held = self.nodes[name].holdings.get(id)
+        extents = held.extents if held else ()
+        manifest = self.coordinator.jobs[JOB].snapshots[id].manifest
+        extents = tuple(sorted({*extents, *(Extent(rank, SIZE_BYTES) for rank in ranks)}))
+        parity = held is not None and held.parity
+        self.say(name, Holds(Holding(id, self.world_size, extents, parity, manifest)))
 
     def seal_all(self, id: SnapshotId) -> None:
         for rank in range(self.world_size):

@@ -132,7 +132,6 @@ class TestMembership:
         assert known() == before
         assert cluster.told("a", Drop) == cluster.told("b", Drop)
 
-
     def test_a_coordinator_that_was_stopped_gives_up_nobody(self) -> None:
         """It could not hear them; what they said meanwhile is taken in after the tick, perhaps."""
         cluster = trained("a", "b", spares=("s",))
@@ -536,6 +535,21 @@ class TestProtectAndCommit:
         assert (one["done"], one["bytes_per_s"], one["left_s"]) == (0.4, 200.0, 3.0)
         cluster.say("b", Beat("b", "1", 0, ()))
         assert restoring() == []
+
+    def test_status_names_who_sent_damaged_cells(self) -> None:
+        cluster = trained("a", "b", "c")
+
+        def nodes() -> dict[str, tuple[dict[str, int], list[str]]]:
+            found = status(cluster.coordinator, cluster.now, 0.0)["nodes"]
+            return {n["node"]: (n["sent_damaged_cells"], n["reasons"]) for n in found}
+
+        cluster.say("a", Beat("a", "1", 0, (), damaged_from={"b": 2, "nobody": 7}))
+        cluster.say("c", Beat("c", "1", 0, (), damaged_from={"b": 1}))
+        said = (
+            "b sent 3 damaged cells (2 to a, 1 to c): look at its memory, and at the network from "
+            "it"
+        )
+        assert nodes() == {"a": ({}, []), "b": ({"a": 2, "c": 1}, [said]), "c": ({}, [])}
 
     def test_a_node_that_came_back_empty_costs_no_snapshot(self) -> None:
         """It is a member of a protected snapshot, and the first that a new coordinator hears."""

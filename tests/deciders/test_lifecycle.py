@@ -837,6 +837,20 @@ class TestRestore:
         node.do(ev.FetchMoved(fetch.name, 8, 8, 0.9))  # it was on its way
         assert beat().fetching == ()
 
+    def test_damaged_cells_are_counted_in_the_heartbeat(self) -> None:
+        """Its own, found by scrubbing or when they were wanted, and those of each other node."""
+        node = self.held()
+        (fetch,) = only(ev.Fetch, self.resume(node))
+        assert fetch.present
+        node.do(ev.Scrubbed(3, 2, "a cell could not be mended"))
+        node.do(ev.Fetched(fetch.name, 1, 1))
+        for sender, cells in (("b", 1), ("c", 1), ("b", 3), ("b", 2)):  # in any order
+            node.do(ev.Damaged(sender, cells))
+        node.now = node.lifecycle.next_deadline()
+        (beat,) = reports(node.lifecycle.tick(node.now), Beat)
+        assert (beat.damaged_cells, beat.mended_cells) == (5, 4)
+        assert beat.damaged_from == {"b": 3, "c": 1}
+
     def test_a_restore_that_comes_before_the_grant_waits(self) -> None:
         node = self.held()
         node.attach(1, round_="r2")
@@ -903,6 +917,7 @@ class TestRestore:
         done = node.do(ev.Fetched(fetch.name, 1, 1) if success else failed)
         assert ev.Release(fetch.name) in done
         assert [m.kind for m in tells(done, 1) if isinstance(m, Rejected)] == ["Gone"]
+        assert node.lifecycle.problems == []
 
     def test_a_segment_that_is_still_looked_at_is_waited_for(self) -> None:
         """The old trainer died with its last segment sealed but not yet told."""

@@ -46,7 +46,7 @@ JOB = "job"
 CELL_BYTES = 4
 SIZE_BYTES = 12
 STEP_S = 0.05
-SETTINGS = Settings(cell_bytes=CELL_BYTES, beat_s=0.25, lease_s=1.5)
+SETTINGS = Settings(cell_bytes=CELL_BYTES, beat_s=0.25, lease_s=1.5, rebuild_after_s=0.3)
 
 Range = tuple[float, float]
 """The least and the most that something takes, in seconds."""
@@ -328,15 +328,31 @@ class Machine:
                 self._later((0.01, 0.1), lambda: self._fetch(action))
 
     def _encode(self, action: ev.Encode) -> None:
-        """Parity is there once all members have their segments and take part."""
+        """Parity is there once all members have their segments and take part.
+
+        Where it is made anew it is enough that all segments are somewhere.
+        """
         id, name = action.manifest.id, action.name
 
         def attempt() -> ev.Event | None:
             if id not in self.runs:
                 return None
-            place = action.manifest.place_of(self.name)
+            order = self.runs[id]
+            place = order.manifest.place_of(self.name)
             assert place is not None
-            for member in action.manifest.groups[place[0]].members:
+            if order.ranks:
+                found = {
+                    extent.rank
+                    for machine in self.world.machines.values()
+                    if machine.alive and machine.agent is not None
+                    for extent in machine.disk.holding(id).extents
+                }
+                if found < order.ranks.keys():
+                    self._later(self.plan.encode_again_s, attempt)
+                    return None
+                self.disk.files.setdefault(name, File(action.size_bytes)).parity = id
+                return ev.Encoded(id)
+            for member in order.manifest.groups[place[0]].members:
                 other = self.world.machines.get(member.node)
                 if (
                     other is None

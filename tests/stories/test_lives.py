@@ -71,6 +71,38 @@ def test_up_to_two_of_four_nodes_burn_and_the_job_goes_on(town, victims):
     here.kill_trainers(second)
 
 
+def test_a_newcomer_gets_the_parity_too_and_then_two_more_nodes_may_burn(town):
+    here = town(4)
+    first = here.train()
+    here.wait_for_start(first)
+    here.wait_for_snapshot("protected", after=3)
+    here.destroy_node("n1")
+    here.kill_trainers(first)
+    here.start_agent("g")
+    here.wait_for_nodes(4)
+    # It loads and leaves, so that no newer snapshot makes this one needless.
+    second = here.train("--steps", "1", nodes=["n0", "g", "n2", "n3"])
+    start = here.wait_for_start(second)
+
+    def protected_again():
+        return [e for e in here.status()["events"] if e["kind"] == "protected_again"]
+
+    (event,) = here.wait("the parity to be made anew", protected_again, 60)
+    assert (event["step"], event["seconds"] > 0) == (start, True)
+    snapshot = here.snapshot("protected")
+    assert (snapshot["step"], snapshot["may_lose"]) == (start, 2)
+    assert snapshot["parity_on"] == ["g", "n0", "n2", "n3"]
+    for node in ("n0", "n2"):
+        here.destroy_node(node)
+    for node in ("s0", "s2"):
+        here.start_agent(node)
+    here.wait("the lost nodes to be missed", lambda: here.snapshot("protected")["may_lose"] == 0)
+    third = here.train(nodes=["s0", "g", "s2", "n3"])
+    assert here.wait_for_start(third) == start
+    here.wait_for_snapshot("protected", after=start + 2)
+    assert here.check_equal([first, second, third]) >= 4 * start
+
+
 def test_three_of_four_nodes_burn_and_the_job_says_so_and_never_starts_from_nothing(town):
     here = town(4)
     first = here.train()

@@ -1,0 +1,96 @@
+"""What a snapshot that has lost parity needs, so that all its parity is there again. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckptd.coordinator import recovery
+from ckptd.coordinator.recovery import Holdings
+from ckptd.manifest import Group, JobManifest, Member
+
+Place = tuple[int, int]
+"""(group, member)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who takes whose place, which groups can make their parity then, and what is in the way."""
+
+    taken: dict[Place, str]
+    groups: tuple[int, ...]
+    hindrances: tuple[str, ...]
+
+
+def has_parity(member: Member, holdings: Holdings) -> bool:
+    """Whether all parity of the place is there."""
+    return member.node in holdings and holdings[member.node].parity
+
+
+def is_at_home(member: Member, node: str, holdings: Holdings) -> bool:
+    """Whether `node` holds all segments of the place."""
+    return node in holdings and set(member.extents) <= set(holdings[node].extents)
+
+
+def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
+    """How the parity that no live node has can be made anew.
+
+    A place whose node has not its segments is taken by one that has them all and has no place yet.
+    One that holds parity made it for the place that it had first: it can only take that one back,
+    and does so as long as its heir has no parity.
+    """
+    held = recovery.rank_holders(holdings)
+    taken: dict[Place, str] = {}
+    groups: list[int] = []
+    hindrances: list[str] = []
+    for number, group in enumerate(manifest.groups):
+        if not group.parity_shards:
+            continue
+        nodes = [member.node for member in group.members]
+        lacking = [n for n, member in enumerate(group.members) if not has_parity(member, holdings)]
+        for place in lacking:
+            member = group.members[place]
+            heir = next(_heirs(manifest, member, holdings, set(taken.values())), None)
+            if is_at_home(member, member.node, holdings) and not (
+                heir is not None and holdings[heir].parity
+            ):
+                continue
+            if heir is None:
+                hindrances.append(_why_not(member, held))
+            else:
+                taken[number, place] = nodes[place] = heir
+        if _can_make(group, nodes, lacking, holdings):
+            groups.append(number)
+    return Plan(taken, tuple(groups), tuple(hindrances))
+
+
+def _heirs(
+    manifest: JobManifest, member: Member, holdings: Holdings, others: set[str]
+) -> Iterator[str]:
+    """Who may take the place, the node that had it first before others."""
+    for node in sorted(holdings, key=lambda name: (name != member.origin, name)):
+        free = node not in manifest.nodes and node not in others
+        fits = node == member.origin or not holdings[node].parity
+        if free and fits and is_at_home(member, node, holdings):
+            yield node
+
+
+def _why_not(member: Member, held: dict[int, tuple[str, ...]]) -> str:
+    missing = [extent.rank for extent in member.extents if extent.rank not in held]
+    if missing:
+        return f"{recovery.name_ranks(missing)} of {member.node} must be brought back first"
+    ranks = recovery.name_ranks([extent.rank for extent in member.extents])
+    where = sorted({held[extent.rank][0] for extent in member.extents})
+    return (
+        f"{ranks} of {member.node}, which is lost, {'is' if len(member.extents) == 1 else 'are'} "
+        f"now on {', '.join(where)}, and on no one node that has no place in the group yet"
+    )
+
+
+def _can_make(group: Group, nodes: list[str], lacking: list[int], holdings: Holdings) -> bool:
+    """Whether somebody can make its parity: a few from others' data, all from everybody's own."""
+    members = list(zip(group.members, nodes, strict=True))
+    at_home = [is_at_home(member, node, holdings) for member, node in members]
+    if len(lacking) > group.parity_shards:
+        return all(at_home)
+    held = recovery.rank_holders(holdings)
+    whole = all(extent.rank in held for member in group.members for extent in member.extents)
+    return whole and any(at_home[place] for place in lacking)
