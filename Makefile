@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-integrations lint fmt docs bench clean
+.PHONY: help demo test sim test-integrations lint fmt docs bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +26,10 @@ demo: $(READY) ## see a job lose a process, and come back
 
 test: $(READY) ## run the tests (PYTEST_ARGS="-k stripe" chooses among them)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --randomly-seed=$(SEED) $(PYTEST_ARGS)
+
+SEEDS := 1-1000
+sim: $(READY) ## simulate clusters through faults (SEEDS=1-1000)
+	$(BIN)/python -m tests.sim --seeds $(SEEDS)
 
 # Each library is in an environment of its own: about 1 GB, made once.
 INTEGRATIONS := transformers lightning accelerate

@@ -140,6 +140,36 @@ class TestLosses:
         with pytest.raises(Unrecoverable, match="b is not there"):
             cluster.fetch(cluster.nodes[2], rank, source)
 
+    def test_one_of_two_segments_is_gone_from_its_own_node(self, build: Build) -> None:
+        """What the node itself knows is no longer all: its group has the digests of both."""
+        cluster = build([2, 2, 2], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        lost, _ = cluster.ranks[node.name]
+        name = f"job/segment-{lost}.safetensors"
+        node.store.release(name)
+        node.store.delete(name)
+        source = cluster.source()
+        del source.ranks[lost]
+        for asked in cluster.nodes:
+            outcome = cluster.fetch(asked, lost, source)
+            assert outcome.rebuilt_cells == cell_count(len(cluster.segments[lost]), CELL_BYTES)
+
+    def test_a_segment_that_its_holder_did_not_have_when_it_was_protected(
+        self, build: Build
+    ) -> None:
+        """Manifests kept since then know less than the holder, which is asked all the same."""
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        owner, holder, other = cluster.nodes
+        (rank,) = cluster.ranks[owner.name]
+        holder.seal(rank, cluster.segments[rank], 3)
+        source = cluster.source((owner,))
+        source.ranks[rank] = (holder.name,)
+        for keeper in (holder, other):
+            keeper.store.path(f"job/{ID.life}.{ID.step}.of.{owner.name}").unlink()
+        assert cluster.fetch(other, rank, source).rebuilt_cells == 0
+
     def test_only_sealed_segments_come_from_their_node(self, build: Build) -> None:
         cluster = build([1, 1], 1)
         whole = cluster.source()

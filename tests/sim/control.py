@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptd.agent import events as ev
 from ckptd.coordinator.decider import Coordinator, Send
-from ckptd.wire import AgentMessage, Beat, CoordinatorMessage, Decoder, encode
+from ckptd.wire import AgentMessage, Beat, CoordinatorMessage, Decoder, Grant, encode
 
 if TYPE_CHECKING:
     from .agents import Agent
@@ -73,6 +73,8 @@ class Connection:
 
     def _arrive_down(self, message: CoordinatorMessage) -> None:
         if self.open:
+            if isinstance(message, Grant):
+                self._world.truth.granted_to(message)
             self._agent.feed(ev.FromCoordinator(message))
 
     def _coded(self, message: Any, decoder: "Decoder[Any]") -> Any:

@@ -78,8 +78,6 @@ class Truth:
 
     def loaded(self, trainer: "Trainer", id: SnapshotId, rank: int, file: File | None) -> None:
         """A rank reads a segment: it must be what was captured, bit for bit."""
-        if trainer.run.over:
-            return  # a process of an old life that wakes up; nothing waits for it any more
         path = self._paths.get((id.job, id.life, id.step))
         want = State(id.job, rank, id.step, path or "?")
         if file is None or file.header != (id, rank) or file.data != want:
@@ -131,26 +129,28 @@ class Truth:
                     if (start is None) != (began is None):
                         raise Violation(f"the record of life {record.life} says another start")
 
-    def _grants(self, grant: Grant) -> None:
+    def granted_to(self, grant: Grant) -> None:
+        """An agent has heard of a life: from now on there is no other of that number."""
         answer = (grant.round, grant.id)
-        known = self._lives.get((grant.job, grant.life))
-        if known is not None:
-            if known != answer:
-                raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
-            return
+        known = self._lives.setdefault((grant.job, grant.life), answer)
+        if known != answer:
+            raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
+
+    def _grants(self, grant: Grant) -> None:
+        if (grant.job, grant.life) in self._lives:
+            return  # said again
         if any(job == grant.job and life > grant.life for job, life in self._lives):
             raise Violation(f"life {grant.life} of {grant.job} is granted after a later one")
-        self._lives[grant.job, grant.life] = answer
         if grant.id is None and self.sealed.get(grant.job):
             raise Violation(
                 f"{grant.job} starts from nothing, though {max(self.sealed[grant.job])} was sealed"
             )
         promise = self.promises.get(grant.job)
         run = self._world.jobs[grant.job].run
-        rejected = run.rejected if run is not None else ()
-        if promise is not None and (grant.id is None or grant.id < promise):
-            if promise not in rejected:
-                raise Violation(f"{grant.id} is granted, though {promise} was protected")
+        if promise is None or (run is not None and promise in run.rejected):
+            return
+        if grant.id is None or grant.id < promise:
+            raise Violation(f"{grant.id} is granted, though {promise} was protected")
 
     def _commits(self, id: SnapshotId, retire: tuple[SnapshotId, ...]) -> None:
         decider = self._world.coordinator.decider
@@ -166,7 +166,11 @@ class Truth:
         alone = not any(group.parity_shards for group in manifest.groups)
         complete = id in self._complete.get(id.job, ())
         if snapshot.state is not Phase.PROTECTED and not alone and not complete:
-            return  # permission to free what it replaces, though it was never protected
+            # Permission to free what it replaces, though it was never protected.
+            promise = self.promises.get(id.job)
+            if promise is not None and id > promise and self._as_safe(id, promise):
+                self.promises[id.job] = id
+            return
         lacking = [
             member.node
             for group in manifest.groups
@@ -182,6 +186,14 @@ class Truth:
                 return  # what was reported is gone again; nothing is freed for it by the agents
             self.promises[id.job] = id
             self.commits[id.job] = self.commits.get(id.job, 0) + 1
+
+    def _as_safe(self, id: SnapshotId, as_: SnapshotId) -> bool:
+        """Whether a snapshot is there, and survives any one node if another does."""
+        machines = [m for m in self._world.machines.values() if m.alive]
+        return self.restorable(id) and (
+            all(self.restorable(id, machine) for machine in machines)
+            or not all(self.restorable(as_, machine) for machine in machines)
+        )
 
     def _is_ancestor(self, id: SnapshotId, of: SnapshotId) -> bool:
         """Whether training really went through `id` on its way to `of`."""
