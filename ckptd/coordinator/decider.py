@@ -514,7 +514,7 @@ class Coordinator:
             return
         if message.life != job.life:
             return
-        job.resumed = True
+        job.resumed = job.changed = True
         job.pacer.start(message.step, now)
         self._event(
             now,
@@ -815,10 +815,11 @@ class Coordinator:
         if len(held) == snapshot.world_size:
             snapshot.no_room = ""
         for rank, node in list(snapshot.rebuilding.items()):
-            if rank in held:
+            done = node in held.get(rank, ())
+            if done:
                 text = f"rank {rank} of {snapshot.id} has been rebuilt on {node}"
                 self._event(now, "rebuilt", job.name, text, node=node, rank=rank)
-            if rank in held or not self.nodes[node].live:
+            if done or not self.nodes[node].live:
                 del snapshot.rebuilding[rank]
 
     def _rebuild_failed(self, node: str, message: RebuildFailed) -> None:
@@ -960,6 +961,37 @@ class Coordinator:
         held = recovery.rank_holders(holdings)
         for number in plan.groups:
             self._order_group(snapshot, edition, number, holdings, held)
+        self._bring_home(job, snapshot, plan.homeless, now)
+
+    def _bring_home(
+        self, job: Job, snapshot: Snapshot, homeless: Iterable[Member], now: float
+    ) -> None:
+        """Have the segments of a lost node copied to one that can take its place.
+
+        Ranks that were numbered anew have brought them to survivors. Not while ranks load: these
+        need the memory first.
+        """
+        manifest, holdings = snapshot.manifest, self.live_holdings(snapshot.id)
+        if manifest is None or job.pending is not None or (job.attachments and not job.resumed):
+            return
+        live = {name: node for name, node in self.nodes.items() if node.live}
+        rooms = {name: n.spare_bytes for name, n in live.items()}
+        cells = {name: node.hello.cells for name, node in live.items()}
+        for member in homeless:
+            if any(extent.rank in snapshot.rebuilding for extent in member.extents):
+                continue
+            heir = spare.outsider(manifest, holdings, member.extents, rooms, snapshot.unbuilt)
+            if heir is None:
+                continue
+            del rooms[heir]  # one place for each
+            source = recovery.source(manifest, holdings, cells)
+            for extent in member.extents:
+                if heir in source.ranks[extent.rank]:
+                    continue
+                snapshot.rebuilding[extent.rank] = heir
+                self._send(heir, Rebuild(snapshot.id, extent.rank, source))
+                text = f"rank {extent.rank} of {snapshot.id} is copied to {heir}, a new home"
+                self._event(now, "rebuild_ordered", job.name, text, node=heir, rank=extent.rank)
 
     def _protected_again(self, job: Job, snapshot: Snapshot, now: float) -> None:
         seconds = now - (snapshot.lost_at if snapshot.lost_at is not None else now)
