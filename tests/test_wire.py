@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ckptd import wire
 from ckptd.errors import ProtocolError
 from ckptd.ids import SnapshotId
+from ckptd.journal import Entry, Isolated, LogSummary, Rollback
 from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member
+from ckptd.terms import Obeyed, Term
 from ckptd.wire import Attach, Decoder, Message, Progress, TrainerMessage, encode
 
 ID = SnapshotId("job", 2, 70)
@@ -21,6 +23,8 @@ MANIFEST = JobManifest(
 RECORD = JobRecord("job", 2, {"a": "token"}, (Ancestor(1, 60),))
 RANK = wire.RankState("job", "round", 2, 0, 2, 1, 1, 60, 61)
 HOLDING = wire.Holding(ID, 2, EXTENTS, True, MANIFEST)
+OBEYED = Obeyed(Term(3, "c", "tcp://h:1", 4.0), float("inf"), None)
+ENTRIES = (Entry(2, 1, Isolated("a", True, "why")), Entry(3, 2, Rollback("job", ID)))
 SOURCE = wire.Source(MANIFEST, {0: ("a",)}, {0: 100}, ("b",), {"a": "127.0.0.1:1"})
 
 MESSAGES: list[tuple[object, Message]] = [
@@ -31,10 +35,15 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.AgentToTrainer, wire.Granted(3, None, "nothing yet")),
     (wire.AgentToTrainer, wire.Ticket(ID, "/dev/shm/x")),
     (wire.AgentMessage, wire.Hello("a", "i", "t", "h", "c", "d", False, "zfec", "isa-l", "", 1, 0,
-                                   (HOLDING,), (RANK,), (RECORD,), ("job",), ("problem",))),
+                                   (HOLDING,), (RANK,), (RECORD,), ("job",), ("problem",),
+                                   OBEYED, LogSummary(1, (2, 3), 2**64 - 1))),
+    (wire.AgentMessage, wire.Outdated(OBEYED)),
+    (wire.AgentMessage, wire.Entries(ENTRIES)),
     (wire.AgentMessage, wire.SegmentReady("job", 2, 1, ID, 3, 4)),
     (wire.CoordinatorMessage, wire.Grant("job", "r", 2, ID, "why", RECORD, SOURCE, 0.5)),
     (wire.CoordinatorMessage, wire.Protect(MANIFEST, {"a": "127.0.0.1:1"})),
+    (wire.CoordinatorMessage, wire.KeepEntries(ENTRIES)),
+    (wire.Order, wire.Order(3, "c", wire.Welcome(0.5, 4096, "tcp://h:1", 4.0))),
     (wire.ClientMessage, wire.RemoveJob("job")),
     (wire.LauncherMessage, wire.WaitForWork("job")),
     (wire.AgentToLauncher, wire.Here("a", "127.0.0.1")),
@@ -56,7 +65,7 @@ def decoder() -> Decoder[Message]:
 
 def test_another_protocol_version_is_named(decoder: Decoder[Message]) -> None:
     """Before anything else: the rest of the frame may mean something else by then."""
-    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 2"):
+    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 3"):
         decoder.decode(b"ck\x09whatever")
 
 
@@ -69,7 +78,7 @@ def test_not_ours(decoder: Decoder[Message]) -> None:
 def test_too_large() -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage, limit_bytes=20)
     with pytest.raises(ProtocolError, match="of 21 bytes is over the limit of 20"):
-        decoder.decode(b"ck\x02".ljust(21))
+        decoder.decode(b"ck\x03".ljust(21))
 
 
 def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
@@ -80,7 +89,7 @@ def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
 def test_an_unknown_field_is_refused(decoder: Decoder[Message]) -> None:
     body = msgspec.msgpack.encode({"type": "Progress", "step": 1, "more": 2})
     with pytest.raises(ProtocolError, match="more"):
-        decoder.decode(b"ck\x02" + body)
+        decoder.decode(b"ck\x03" + body)
 
 
 def test_text_that_is_not_utf_8(decoder: Decoder[Message]) -> None:
@@ -103,7 +112,7 @@ def test_nested_without_end() -> None:
 @given(st.binary(max_size=80))
 def test_garbage(body: bytes) -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage)
-    for frame in (body, b"ck\x02" + body):
+    for frame in (body, b"ck\x03" + body):
         with suppress(ProtocolError):
             decoder.decode(frame)
 
@@ -123,6 +132,6 @@ def test_damaged_messages(data: st.DataObject) -> None:
 
 
 def test_a_frame_says_which_message_it_is() -> None:
-    assert encode(Progress(3)) == b"ck\x02" + msgspec.msgpack.encode(
+    assert encode(Progress(3)) == b"ck\x03" + msgspec.msgpack.encode(
         {"type": "Progress", "step": 3}
     )
