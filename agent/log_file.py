@@ -36,7 +36,7 @@ class LogFile:
         self._least_bytes = self._compact_bytes = compact_bytes
         self._journal = Journal()
         self._behind = False
-        """Whether something could not be appended: then the file is written anew."""
+        """Whether something could not be appended whole: then the file is written anew."""
 
     def read(self, problems: list[str]) -> tuple[Entry, ...]:
         """All entries that are whole; says what was not, and rids the file of it."""
@@ -79,18 +79,11 @@ class LogFile:
         if self._behind:
             self._rewrite()
             return
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            before = os.lseek(fd, 0, os.SEEK_END)
-            try:
-                _write(fd, b"".join(map(_record, news)))
-            except OSError:
-                self._behind = True
-                os.ftruncate(fd, before)
-                raise
-            size_bytes = os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
+        self._behind = True  # until all of it is there
+        with self.path.open("ab", buffering=0) as file:
+            _write(file.fileno(), b"".join(map(_record, news)))
+            size_bytes = file.tell()
+        self._behind = False
         if size_bytes > self._compact_bytes:
             self._rewrite()
 

@@ -436,6 +436,15 @@ class TestTheRule:
         else:
             assert verdict == expected
 
+    def test_whoever_listened_here_before_is_dead(self) -> None:
+        """What is said of its term may have been on the way for long."""
+        here = msgspec.structs.replace(OTHER, address=SECOND)
+        assert judge(Claim("me", SECOND), 4, Obeyed(here, 1.0, 1.0), 10.0, True) == Raise(6)
+
+    def test_the_term_that_its_lease_has_seen_may_be_higher(self) -> None:
+        claim = Claim("me", SECOND, take_over=True, seen_term=9)
+        assert judge(claim, 0, Obeyed(OTHER, 100.0, 1.0), 10.0, True) == Raise(10)
+
     def test_who_goes_on_has_a_higher_term_than_all_it_has_heard(self) -> None:
         for term in range(8):
             for heard in range(8):
