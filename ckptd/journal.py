@@ -13,8 +13,8 @@ from ckptd.digest import digest
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
 
 INCIDENTS_KEPT = 200
-JOBS_KEPT = 1000
 NODES_KEPT = 20_000
+THINGS_KEPT = 1000
 
 
 class Isolated(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -76,13 +76,8 @@ class Incident(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
 Body = Isolated | Rollback | Restarts | Incident
 
-_KEPT: dict[type[Body], int] = {
-    Isolated: NODES_KEPT,
-    Rollback: JOBS_KEPT,
-    Restarts: JOBS_KEPT,
-    Incident: INCIDENTS_KEPT,
-}
-"""Of each kind, how many of the newest are kept."""
+_KEPT: dict[type[Body], int] = {Isolated: NODES_KEPT, Incident: INCIDENTS_KEPT}
+"""Of each kind, how many of the newest are kept; of the others, THINGS_KEPT."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -164,8 +159,9 @@ class Journal:
 
     def _drop_oldest(self, kind: type[Body]) -> None:
         alike = [e for e in self._newest.values() if isinstance(e.body, kind)]
-        if len(alike) > _KEPT[kind]:
-            for entry in sorted(alike, key=_order)[: -_KEPT[kind]]:
+        kept = _KEPT.get(kind, THINGS_KEPT)
+        if len(alike) > kept:
+            for entry in sorted(alike, key=_order)[:-kept]:
                 del self._newest[entry.body.about]
 
     def is_isolated(self, node: str) -> Isolated | None:
