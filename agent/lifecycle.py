@@ -348,6 +348,8 @@ class Lifecycle:
             )
             self._report(Outdated(self._obeyed(now)))
             return False
+        if isinstance(message, Dismiss):
+            return True  # instead of a Welcome: this agent will not be of that term
         if not isinstance(message, Welcome):
             self._hello_due = True
             return False

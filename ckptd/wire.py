@@ -382,7 +382,7 @@ AgentMessage = (
 
 
 class Welcome(Message, frozen=True):
-    """The agent belongs to the cluster. The first order of a term: no other one begins it.
+    """The agent belongs to the cluster. The first order of a term; no other one begins it.
 
     `address` and `lease_s` are for the agent's word on whom it obeys, as in `Term`.
     """

@@ -370,6 +370,13 @@ class TestAgents:
         assert [type(said) for said in node.stored] == [Hello]
         assert first.decider.term == 1
 
+    def test_a_dismissed_agent_obeys_without_a_welcome(self, place: Place) -> None:
+        """Its node's id is in use, so it is never welcomed."""
+        node = place.nodes["a"]
+        node.feed(ev.FromCoordinator(Dismiss("the id is in use"), 1, "c1"))
+        assert node.lifecycle.dismissed == "the id is in use"
+        assert node.term is None
+
     def test_a_term_that_cannot_be_stored_is_not_obeyed(self, place: Place) -> None:
         place.coordinator("c1", FIRST)
         node = place.nodes["a"]
