@@ -12,12 +12,15 @@ from math import ceil
 from ckptd.agent import events as ev
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
+from ckptd.journal import Journal
 from ckptd.manifest import Extent, JobManifest, JobRecord
+from ckptd.terms import KeptTerm, Obeyed, Term
 from ckptd.wire import (
     Activate,
     AgentMessage,
     AgentToLauncher,
     AgentToTrainer,
+    AskEntries,
     AskResume,
     AskResumeFor,
     Attach,
@@ -29,6 +32,7 @@ from ckptd.wire import (
     Detached,
     Dismiss,
     Drop,
+    Entries,
     Fetching,
     Forget,
     Grant,
@@ -37,11 +41,13 @@ from ckptd.wire import (
     Here,
     Holding,
     Holds,
+    KeepEntries,
     LauncherWaiting,
     LayoutOpened,
     LifeResumed,
     OpenLayout,
     Outcome,
+    Outdated,
     Progress,
     Protect,
     RankLeft,
@@ -199,6 +205,19 @@ class Lifecycle:
         self.grants: dict[str, Grant] = {}
         self.problems: list[str] = list(adopted.problems)
         self.dismissed = ""
+        kept = adopted.term or KeptTerm(Term(), now)
+        self.term = kept.term
+        """The one that is obeyed."""
+        # Monotonic time begins anew at boot: then the term is older than anything that runs.
+        self._term_since = kept.since if kept.since <= now else float("-inf")
+        self._term_before = (self.term, self._term_since)
+        self._obeyed_at: float | None = None
+        """When the last order came, if one came at all."""
+        self._hello_due = False
+        """An order came whose Welcome was lost: say Hello with the next heartbeat."""
+        self.journal = Journal()
+        """What this agent keeps of what the coordinators have said."""
+        self.journal.merge(adopted.entries)
         self._beat_at = now
         self._waiting_at = now
         self._numbers = itertools.count(1)
@@ -243,11 +262,15 @@ class Lifecycle:
         match event:
             case ev.Connected():
                 self.connected = True
-                self._hello()
+                self._hello(now)
             case ev.Disconnected():
                 self.connected = False
             case ev.FromCoordinator():
-                self._from_coordinator(event, now)
+                if self._obeys(event, now):
+                    self._from_coordinator(event, now)
+            case ev.TermNotKept():
+                self.term, self._term_since = self._term_before
+                self._problem(f"orders are not obeyed: the term cannot be stored: {event.reason}")
             case ev.FromLocal():
                 self._from_local(event, now)
             case ev.LocalGone():
@@ -288,7 +311,9 @@ class Lifecycle:
         """Let time pass: heartbeats, and a word to those who wait."""
         if now >= self._beat_at:
             self._beat_at = now + self.beat_s
-            if self.connected:
+            if self.connected and self._hello_due:
+                self._hello(now)
+            elif self.connected:
                 damaged, mended = self._scrubbed
                 self._report(
                     Beat(
@@ -346,6 +371,36 @@ class Lifecycle:
 
     # The coordinator's orders.
 
+    def _obeys(self, event: ev.FromCoordinator, now: float) -> bool:
+        """Whether this message counts: one of the term that is obeyed, or that begins a higher."""
+        message = event.message
+        if isinstance(message, WhoAreYou):
+            return True
+        if (event.term, event.coordinator) == (self.term.number, self.term.coordinator):
+            self._obeyed_at = now
+            return True
+        if event.term <= self.term.number:
+            self._problem(
+                f"orders of term {event.term} are refused: the coordinator at "
+                f"{self.term.address} has begun term {self.term.number}"
+            )
+            self._report(Outdated(self._obeyed(now)))
+            return False
+        if isinstance(message, Dismiss):
+            return True  # instead of a Welcome: this agent will not be of that term
+        if not isinstance(message, Welcome):
+            self._hello_due = True
+            return False
+        self._term_before = (self.term, self._term_since)
+        self.term = Term(event.term, event.coordinator, message.address, message.lease_s)
+        self._term_since = self._obeyed_at = now
+        self._do(ev.KeepTerm(KeptTerm(self.term, now)))
+        return True
+
+    def _obeyed(self, now: float) -> Obeyed:
+        silent_s = None if self._obeyed_at is None else now - self._obeyed_at
+        return Obeyed(self.term, now - self._term_since, silent_s)
+
     def _from_coordinator(self, event: ev.FromCoordinator, now: float) -> None:
         match event.message:
             case Welcome() as message:
@@ -361,7 +416,13 @@ class Lifecycle:
                     self._answer_attach(trainer)
                     self._repeat_ask(trainer)
             case WhoAreYou():
-                self._hello()
+                self._hello(now)
+            case AskEntries():
+                self._report(Entries(self.journal.entries))
+            case KeepEntries() as message:
+                news = self.journal.merge(message.entries)
+                if news:
+                    self._do(ev.KeepEntries(tuple(news)))
             case Dismiss() as message:
                 self.dismissed = message.reason
                 self._problem(f"refused by the coordinator: {message.reason}")
@@ -396,7 +457,8 @@ class Lifecycle:
                         self._tell(conn, Work(job))
                         break
 
-    def _hello(self) -> None:
+    def _hello(self, now: float) -> None:
+        self._hello_due = False
         held = {slot.id for slot in self.slots.values() if slot.id is not None}
         mine = self.identity
         self._report(
@@ -423,6 +485,8 @@ class Lifecycle:
                 launchers=tuple(self.launchers.values()),
                 problems=tuple(self.problems),
                 spare_bytes=self.spare_bytes,
+                obeyed=self._obeyed(now),
+                log=self.journal.summary,
             )
         )
 

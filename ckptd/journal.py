@@ -9,9 +9,12 @@ from collections.abc import Iterable
 
 import msgspec
 
+from ckptd.digest import digest
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
 
 INCIDENTS_KEPT = 200
+NODES_KEPT = 20_000
+THINGS_KEPT = 1000
 
 
 class Isolated(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -67,10 +70,14 @@ class Incident(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
     @property
     def about(self) -> str:
-        return f"incident {self.number}"
+        # A new coordinator may give a number again before it has heard of all incidents.
+        return f"incident {self.number} at {self.at}"
 
 
 Body = Isolated | Rollback | Restarts | Incident
+
+_KEPT: dict[type[Body], int] = {Isolated: NODES_KEPT, Incident: INCIDENTS_KEPT}
+"""Of each kind, how many of the newest are kept; of the others, THINGS_KEPT."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -86,23 +93,53 @@ class Entry(msgspec.Struct, frozen=True):
         return self.term, self.number
 
 
+class LogSummary(msgspec.Struct, frozen=True):
+    """What tells one set of entries from another."""
+
+    entries: Count = 0
+    newest: tuple[Count, Count] = (0, 0)
+    """Term and number of the newest."""
+    digest: int = 0
+
+
 class Journal:
-    """The newest entry about each thing; of incidents, the newest few."""
+    """The newest entry about each thing, and of each kind the newest few."""
 
     def __init__(self, term: int = 0) -> None:
         self.term = term
-        self._number = 0
         self._newest: dict[str, Entry] = {}
+        self._summary: LogSummary | None = LogSummary()
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """All, oldest first."""
-        return tuple(sorted(self._newest.values(), key=lambda entry: entry.age))
+        return tuple(sorted(self._newest.values(), key=_order))
+
+    @property
+    def summary(self) -> LogSummary:
+        """Equal for equal entries only."""
+        if self._summary is None:
+            entries = self.entries
+            content = digest(*(_encoded(entry) for entry in entries))
+            self._summary = LogSummary(len(entries), entries[-1].age, content)
+        return self._summary
+
+    @property
+    def next_incident(self) -> int:
+        """The number of the next incident."""
+        bodies = (entry.body for entry in self._newest.values())
+        return 1 + max((body.number for body in bodies if isinstance(body, Incident)), default=0)
+
+    def begin(self, term: int) -> list[Entry]:
+        """Speak in this term from now on; returns what had been said too low, said again."""
+        spoken = [entry for entry in self.entries if entry.term == self.term]
+        self.term = term
+        return [self.put(entry.body) for entry in spoken]
 
     def put(self, body: Body) -> Entry:
         """Say how something stands from now on."""
-        self._number = 1 + max([self._number, *(e.number for e in self._newest.values())])
-        entry = Entry(self.term, self._number, body)
+        numbers = (e.number for e in self._newest.values())
+        entry = Entry(self.term, 1 + max(numbers, default=0), body)
         self.merge([entry])
         return entry
 
@@ -111,15 +148,21 @@ class Journal:
         news = []
         for entry in entries:
             old = self._newest.get(entry.body.about)
-            if old is None or old.age < entry.age:
+            if old is None or _order(old) < _order(entry):
                 self._newest[entry.body.about] = entry
                 news.append(entry)
-        incidents = sorted(
-            (e for e in self._newest.values() if isinstance(e.body, Incident)), key=lambda e: e.age
-        )
-        for entry in incidents[:-INCIDENTS_KEPT]:
-            del self._newest[entry.body.about]
-        return news
+        if news:
+            self._summary = None
+            for kind in {type(entry.body) for entry in news}:
+                self._drop_oldest(kind)
+        return [entry for entry in news if self._newest.get(entry.body.about) is entry]
+
+    def _drop_oldest(self, kind: type[Body]) -> None:
+        alike = [e for e in self._newest.values() if isinstance(e.body, kind)]
+        kept = _KEPT.get(kind, THINGS_KEPT)
+        if len(alike) > kept:
+            for entry in sorted(alike, key=_order)[:-kept]:
+                del self._newest[entry.body.about]
 
     def is_isolated(self, node: str) -> Isolated | None:
         """Why a node is isolated, or None if it is not."""
@@ -131,3 +174,12 @@ class Journal:
         """What `job` shall resume from next, if somebody chose."""
         entry = self._newest.get(f"rollback {job}")
         return entry.body.id if entry is not None and isinstance(entry.body, Rollback) else None
+
+
+def _encoded(entry: Entry) -> bytes:
+    return msgspec.msgpack.encode(entry)
+
+
+def _order(entry: Entry) -> tuple[int, int, bytes]:
+    """By age; two coordinators of one term may have said two things under one number."""
+    return *entry.age, _encoded(entry)

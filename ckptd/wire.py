@@ -10,7 +10,9 @@ import msgspec
 
 from ckptd.errors import ProtocolError
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
+from ckptd.journal import Entry, LogSummary
 from ckptd.manifest import Extent, JobManifest, JobRecord
+from ckptd.terms import Obeyed
 
 PROTOCOL_VERSION = 3
 FRAME_LIMIT_BYTES = 64 << 20
@@ -256,6 +258,9 @@ class Hello(Message, frozen=True):
     launchers: tuple[str, ...]
     problems: tuple[str, ...]
     spare_bytes: Count = 0
+    obeyed: Obeyed = Obeyed()
+    log: LogSummary = LogSummary()
+    """What it keeps of the journal."""
 
 
 class Fetching(msgspec.Struct, frozen=True):
@@ -371,6 +376,18 @@ class LauncherWaiting(Message, frozen=True):
     waiting: bool
 
 
+class Outdated(Message, frozen=True):
+    """An order was not obeyed: it is of another coordinator than the one that is obeyed here."""
+
+    obeyed: Obeyed
+
+
+class Entries(Message, frozen=True):
+    """Answer to AskEntries: all that this agent keeps of the journal."""
+
+    entries: tuple[Entry, ...]
+
+
 AgentMessage = (
     Hello
     | Beat
@@ -383,6 +400,8 @@ AgentMessage = (
     | SnapshotFailed
     | RebuildFailed
     | LauncherWaiting
+    | Outdated
+    | Entries
 )
 
 
@@ -390,14 +409,36 @@ AgentMessage = (
 
 
 class Welcome(Message, frozen=True):
-    """The agent belongs to the cluster."""
+    """The agent belongs to the cluster. The first order of a term; no other one begins it.
+
+    `address` and `lease_s` are for the agent's word on whom it obeys, as in `Term`.
+    """
 
     beat_s: float
     cell_bytes: int
+    address: str = ""
+    lease_s: float = 0.0
 
 
 class WhoAreYou(Message, frozen=True):
-    """The coordinator does not know this agent (any more): say Hello again."""
+    """The coordinator does not know this agent (any more): say Hello again. No order, of no term.
+
+    Whoever asks is answered: so a coordinator hears of other terms before it gives an order.
+    """
+
+
+class Present(Message, frozen=True):
+    """The coordinator is alive; said when there may be nothing else to say."""
+
+
+class AskEntries(Message, frozen=True):
+    """Send all that is kept of the journal."""
+
+
+class KeepEntries(Message, frozen=True):
+    """Keep these entries of the journal, too."""
+
+    entries: tuple[Entry, ...]
 
 
 class Dismiss(Message, frozen=True):
@@ -514,6 +555,9 @@ class Activate(Message, frozen=True):
 CoordinatorMessage = (
     Welcome
     | WhoAreYou
+    | Present
+    | AskEntries
+    | KeepEntries
     | Dismiss
     | Grant
     | ResumeWaits
@@ -527,6 +571,14 @@ CoordinatorMessage = (
     | Forget
     | Activate
 )
+
+
+class Order(Message, frozen=True):
+    """What goes over the wire: a message of the coordinator, and its term, for it to be refused."""
+
+    term: Count
+    coordinator: str
+    message: CoordinatorMessage
 
 
 # CLI to coordinator, and CLI to agent (a launcher that waits).

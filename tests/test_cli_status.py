@@ -96,7 +96,16 @@ AGAIN = (
 )
 
 DOCUMENT: dict[str, Any] = {
-    "coordinator": {"up_s": 7500.0, "cell_bytes": 4 * MIB, "beat_s": 0.5, "lease_s": 4.0},
+    "coordinator": {
+        "id": "9f86d081884c7d65",
+        "address": "tcp://10.0.0.9:7070",
+        "term": 3,
+        "log_entries": 12,
+        "up_s": 7500.0,
+        "cell_bytes": 4 * MIB,
+        "beat_s": 0.5,
+        "lease_s": 4.0,
+    },
     "nodes": [
         node("node-a", ranks=of_lm(range(4)), reasons=[PROBLEM]),
         node("node-b", state="lost", seen_s_ago=31.0, reasons=[LOST]),
@@ -205,7 +214,8 @@ def words(page: RenderableType, width: int) -> str:
 def test_status_hides_no_reason_and_no_number(width: int) -> None:
     said = words(status.render(DOCUMENT, "tcp://10.0.0.9:7070"), width)
     for expected in (
-        "coordinator tcp://10.0.0.9:7070 · up 2.1 h · cells of 4 MiB",
+        "coordinator tcp://10.0.0.9:7070 · 9f86d081884c7d65 · term 3 · log of 12 entries",
+        "up 2.1 h · cells of 4 MiB",
         "3 live, 1 lost",
         "node-a live rack-7 isa-l 2.32.0 lm 0-3 384 MiB / 512 MiB 75% 0.2 s ago",
         f"! {PROBLEM}",

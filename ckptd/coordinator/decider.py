@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ckptd.coordinator import again, choice, recovery, spare
+from ckptd.coordinator.claim import Claim, Stop, judge
 from ckptd.coordinator.pacer import Pacer
+from ckptd.coordinator.replication import Messages, Replication
 from ckptd.coordinator.state import (
     ENDED,
     Attachment,
@@ -25,7 +27,9 @@ from ckptd.coordinator.state import (
 from ckptd.erasure import ZfecCodec, form_groups, parity_of_group
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
+from ckptd.journal import Body, Entry, Journal
 from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member, is_ancestor
+from ckptd.terms import Obeyed
 from ckptd.wire import (
     Activate,
     AgentMessage,
@@ -35,6 +39,7 @@ from ckptd.wire import (
     CoordinatorMessage,
     Dismiss,
     Drop,
+    Entries,
     Forget,
     Grant,
     Hello,
@@ -42,6 +47,8 @@ from ckptd.wire import (
     Holds,
     LauncherWaiting,
     LifeResumed,
+    Outdated,
+    Present,
     Protect,
     RankLeft,
     RankReport,
@@ -94,9 +101,17 @@ class Send:
 class Coordinator:
     """Membership, groups, lives, tickets, commit and resume of one cluster."""
 
-    def __init__(self, settings: Settings, now: float) -> None:
+    def __init__(self, settings: Settings, now: float, claim: Claim | None = None) -> None:
         self.settings = settings
         self.started_at = now
+        self.claim = claim or Claim()
+        self.term = 0
+        """What every order carries; 0 until an agent has said which terms it knows of."""
+        self.ended = ""
+        """Why this coordinator gives no orders any more, if so."""
+        self.journal = Journal()
+        """What `say` has said, and what agents have kept of what earlier coordinators said."""
+        self._replication = Replication(self.journal, settings.lease_s)
         self.nodes: dict[str, Node] = {}
         self.jobs: dict[str, Job] = {}
         self.events: deque[Event] = deque(maxlen=2000)
@@ -107,13 +122,17 @@ class Coordinator:
         """Jobs that were forgotten, and their last life: a node that was away may still hold it."""
         self._peers: dict[bytes, str] = {}
         self._out: list[Send] = []
-        self._awake_at = now
+        self._process_began = self._awake_at = now
 
     # The two entries.
 
     def handle(self, peer: bytes, message: AgentMessage, now: float) -> list[Send]:
         """Take in one message of an agent."""
         self._take_note_of_time(now)
+        if isinstance(message, Hello | Outdated):
+            self._heed(message.obeyed, now)
+        if self.ended:
+            return []
         if isinstance(message, Hello):
             self._hello(peer, message, now)
             return self._flush()
@@ -136,6 +155,13 @@ class Coordinator:
                 node.damaged_cells = message.damaged_cells
                 node.mended_cells = message.mended_cells
                 node.damaged_from = message.damaged_from
+                if now - node.told_at >= self.settings.lease_s / 2:
+                    node.told_at = now
+                    self._send(name, Present())
+            case Entries():
+                self._replicate(self._replication.answered(name, message.entries))
+                for job in list(self.jobs.values()):
+                    self._consider_resume(job, now)
             case Holds():
                 self._holds(name, message.holding, now)
                 self._look_again(message.holding.id.job, now)
@@ -176,6 +202,9 @@ class Coordinator:
     def tick(self, now: float) -> list[Send]:
         """Let time pass: leases run out, waiting resumes are looked at again."""
         self._take_note_of_time(now)
+        if self.ended:
+            return []
+        self._replicate(self._replication.tick(now))
         for name, node in self.nodes.items():
             if node.live and now - node.last_seen >= self.settings.lease_s:
                 self._node_lost(name, now)
@@ -210,8 +239,15 @@ class Coordinator:
         self._forget(job, "removed by hand", now)
         return ""
 
+    def say(self, body: Body, now: float) -> Entry:
+        """Put something in the journal, and have all agents keep it."""
+        entry = self.journal.put(body)
+        if not self.ended:
+            self._replicate(self._replication.said([entry]))
+        return entry
+
     def take_actions(self) -> list[Send]:
-        """Actions of `remove_job`."""
+        """Actions of `remove_job` and `say`."""
         return self._flush()
 
     def live_holdings(self, id: SnapshotId) -> dict[str, Holding]:
@@ -233,6 +269,32 @@ class Coordinator:
                     raise InternalError(f"{snapshot.id} is protected without a manifest")
                 if snapshot.id.life > job.life:
                     raise InternalError(f"{snapshot.id} is of a life that was not granted")
+
+    # The term.
+
+    def _heed(self, obeyed: Obeyed, now: float) -> None:
+        """Begin a higher term than an agent knows of, or end, if it obeys somebody else."""
+        up_s = now - self._process_began
+        verdict = judge(self.claim, self.term, obeyed, up_s, now >= self._settled_at)
+        if isinstance(verdict, Stop):
+            self.ended = verdict.reason
+            self._event(now, "superseded", "", verdict.reason)
+        elif verdict is not None:
+            self.term = verdict.term
+            again = self.journal.begin(self.term)
+            self._event(now, "term_begun", "", f"term {self.term} begins", term=self.term)
+            for name in self.nodes:
+                self._welcome(name)
+            self._replicate(self._replication.said(again) if again else [])
+
+    def _welcome(self, node: str) -> None:
+        pace = self.settings
+        address = self.claim.address
+        self._send(node, Welcome(pace.beat_s, pace.cell_bytes, address, pace.lease_s))
+
+    def _replicate(self, messages: Messages) -> None:
+        for node, message in messages:
+            self._send(node, message)
 
     # Membership.
 
@@ -270,12 +332,13 @@ class Coordinator:
             self._peers.pop(old.peer, None)
         # A restarted agent starts anew; the same one saying hello again goes on.
         fresh = old is None or old.hello.incarnation != hello.incarnation
-        node = Node(hello, peer, now, launchers=set(hello.launchers))
+        node = Node(hello, peer, now, told_at=now, launchers=set(hello.launchers))
         node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
         node.spare_bytes = hello.spare_bytes
         self.nodes[hello.node] = node
         self._peers[peer] = hello.node
-        self._send(hello.node, Welcome(self.settings.beat_s, self.settings.cell_bytes))
+        self._welcome(hello.node)
+        self._replicate(self._replication.hello(hello.node, hello.log, now))
         if fresh:
             self._event(now, "node_joined", "", f"{hello.node} joined", node=hello.node)
         for record in hello.records:
@@ -349,6 +412,7 @@ class Coordinator:
         silent_s = now - node.last_seen
         self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
         node.holdings, node.fetching, node.recoding = {}, (), ()
+        self._replicate(self._replication.lost(name, now))
         for job in self.jobs.values():
             job.changed = True
             self._forget_attachments(job, name)
@@ -1074,8 +1138,12 @@ class Coordinator:
         if pending is None:
             return
         self._look_at_parity(job, now)  # a node that is back may have its place again
-        verdict = self._missing_ranks(job, pending) or choice.choose(
-            job, pending, self.nodes, self._settled_at, 3 * self.settings.beat_s, now
+        verdict = (
+            self._missing_ranks(job, pending)
+            or self._missing_entries()
+            or choice.choose(
+                job, pending, self.nodes, self._settled_at, 3 * self.settings.beat_s, now
+            )
         )
         if isinstance(verdict, choice.Start):
             self._grant(job, pending, verdict.id, verdict.reason, now)
@@ -1101,6 +1169,10 @@ class Coordinator:
             return None
         ranks = recovery.name_ranks(missing)
         return choice.Wait(f"{ranks} of {world_size} to attach to their agents")
+
+    def _missing_entries(self) -> choice.Wait | None:
+        awaited = self._replication.awaited
+        return choice.Wait(f"the log that {', '.join(awaited)} kept") if awaited else None
 
     def _grant(
         self,

@@ -50,6 +50,8 @@ class Node:
     peer: bytes
     """ZeroMQ identity of its connection."""
     last_seen: float
+    told_at: float = float("-inf")
+    """When it was last told that the coordinator is there."""
     live: bool = True
     rival_since: float | None = None
     """When another agent first said Hello under this node's id, with another memory."""

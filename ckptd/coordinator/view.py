@@ -13,6 +13,10 @@ def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[s
     """Everything, JSON-ready. Ages in seconds, times in Unix seconds, sizes in bytes."""
     return {
         "coordinator": {
+            "id": coordinator.claim.coordinator,
+            "address": coordinator.claim.address,
+            "term": coordinator.term,
+            "log_entries": coordinator.journal.summary.entries,
             "up_s": now - coordinator.started_at,
             "cell_bytes": coordinator.settings.cell_bytes,
             "beat_s": coordinator.settings.beat_s,

@@ -63,7 +63,8 @@ def states(cluster: Cluster) -> dict[tuple[int, int], State]:
 class TestMembership:
     def test_an_agent_is_welcomed_and_told_the_pace(self) -> None:
         cluster = Cluster("a")
-        assert cluster.inbox("a") == [Welcome(cluster.settings.beat_s, cluster.settings.cell_bytes)]
+        pace = cluster.settings
+        assert cluster.inbox("a") == [Welcome(pace.beat_s, pace.cell_bytes, lease_s=pace.lease_s)]
 
     def test_a_stranger_is_asked_who_it_is(self) -> None:
         cluster = Cluster("a")

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from ckptd.agent import events as ev
 from ckptd.agent.lifecycle import Identity, Lifecycle
 from ckptd.coordinator import recovery
+from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send, Settings
 from ckptd.coordinator.state import State
 from ckptd.ids import SnapshotId
+from ckptd.journal import Incident, Journal
 from ckptd.manifest import Extent, JobManifest, JobRecord
 from ckptd.segment import ParitySidecar, Sidecar
+from ckptd.terms import KeptTerm
 from ckptd.wire import (
     AskResume,
     Attach,
@@ -144,6 +147,8 @@ class Disk:
     files: dict[str, File] = field(default_factory=dict)
     manifests: dict[SnapshotId, JobManifest] = field(default_factory=dict)
     records: dict[str, JobRecord] = field(default_factory=dict)
+    term: KeptTerm | None = None
+    journal: Journal = field(default_factory=Journal)
 
     def adopt(self) -> ev.Adopted:
         """Keep what is whole, delete the rest, as the store does."""
@@ -165,6 +170,8 @@ class Disk:
             tuple(parities),
             tuple(self.manifests.values()),
             tuple(self.records.values()),
+            term=self.term,
+            entries=self.journal.entries,
         )
 
     def holding(self, id: SnapshotId) -> Holding:
@@ -281,6 +288,11 @@ class Machine:
                 who = self.locals.get(conn)
                 if who is not None:
                     who.down.carry(lambda: who.hear(message))
+            case ev.KeepTerm(kept):
+                assert disk.term is None or disk.term.term.number < kept.term.number
+                disk.term = kept
+            case ev.KeepEntries(entries):
+                disk.journal.merge(entries)
             case ev.KeepRecord(record):
                 disk.records[record.job] = record
             case ev.KeepManifest(manifest):
@@ -690,8 +702,8 @@ class World:
         self.refused: list[str] = []
         self.rejections: list[tuple[SnapshotId, str]] = []
         self.grants: list[SnapshotId | None] = []
-        self.coordinator: Coordinator | None = Coordinator(SETTINGS, self.clock.now)
-        self._coordinator_epoch = 0
+        self._coordinators = itertools.count(1)
+        self.coordinator: Coordinator | None = self._new_coordinator()
         for _ in range(plan.nodes):
             self.pool.append(self.add_machine())
         for _ in range(plan.spares):
@@ -706,6 +718,10 @@ class World:
 
     # The coordinator.
 
+    def _new_coordinator(self) -> Coordinator:
+        claim = Claim(f"c{next(self._coordinators)}", "tcp://coordinator:1")
+        return Coordinator(SETTINGS, self.clock.now, claim)
+
     def to_coordinator(self, peer: bytes, message: object) -> None:
         if self.coordinator is not None:
             self._send(self.coordinator.handle(peer, message, self.clock.now))  # type: ignore[arg-type]
@@ -713,8 +729,10 @@ class World:
     def _send(self, sends: list[Send]) -> None:
         assert self.coordinator is not None
         self.coordinator.check_invariants()
+        assert not self.coordinator.ended, self.coordinator.ended
         if not sends:
             return
+        term, coordinator = self.coordinator.term, self.coordinator.claim.coordinator
         peers = {f"{m.disk.token}#{m.epoch}".encode(): m for m in self.machines.values()}
         for send in sends:
             if isinstance(send.message, Commit):
@@ -723,7 +741,7 @@ class World:
                 self._ticketed(send.message.id)
             machine = peers.get(send.peer)
             if machine is not None and machine.alive:
-                order = ev.FromCoordinator(send.message)
+                order = ev.FromCoordinator(send.message, term, coordinator)
                 machine.down.carry(lambda m=machine, o=order: m.feed(o))  # type: ignore[misc]
 
     def _tick(self) -> None:
@@ -739,12 +757,19 @@ class World:
                 machine.disconnect()
 
         def start() -> None:
-            self.coordinator = Coordinator(SETTINGS, self.clock.now)
+            self.coordinator = self._new_coordinator()
             for machine in self.machines.values():
                 if machine.alive and machine.agent is not None:
                     machine.connect()
 
         self.clock.soon(0.05, 1.0, start)
+
+    def report_incident(self) -> None:
+        """Something that the coordinator wants to be known after its death."""
+        if self.coordinator is not None and self.coordinator.term:
+            number, at = self.coordinator.journal.next_incident, self.clock.now
+            self.coordinator.say(Incident(number, JOB, at, "test", "n0", "for the story"), at)
+            self._send(self.coordinator.take_actions())
 
     # The launcher.
 
