@@ -19,9 +19,9 @@ def _seeds(text: str) -> range:
 @click.option("--story", is_flag=True, help="Tell all that happened in it.")
 @click.option("--about", default="", help="Only lines of the story in which this occurs.")
 @click.option("--jobs", default=os.cpu_count() or 1, help="Processes to use.")
-@click.option("--keep-going", is_flag=True, help="Report violations in a line each.")
+@click.option("--brief", is_flag=True, help="Tell violations in a line each.")
 def main(
-    seeds: str, seed: int | None, story: bool, about: str, jobs: int, keep_going: bool
+    seeds: str, seed: int | None, story: bool, about: str, jobs: int, brief: bool
 ) -> None:
     """Let the deciders live through faults, and say what they did wrong."""
     if seed is not None:
@@ -37,8 +37,9 @@ def main(
     summary = Summary()
     for outcome in campaign(_seeds(seeds), jobs):
         summary.add(outcome)
-        if outcome.failure and not keep_going:
-            click.echo(outcome.report())
+        if outcome.failure:
+            short = f"seed {outcome.seed}: {outcome.failure}"
+            click.echo(short if brief else outcome.report())
     click.echo(summary)
     sys.exit(bool(summary.failures))
 
