@@ -20,9 +20,7 @@ def _seeds(text: str) -> range:
 @click.option("--about", default="", help="Only lines of the story in which this occurs.")
 @click.option("--jobs", default=os.cpu_count() or 1, help="Processes to use.")
 @click.option("--brief", is_flag=True, help="Tell violations in a line each.")
-def main(
-    seeds: str, seed: int | None, story: bool, about: str, jobs: int, brief: bool
-) -> None:
+def main(seeds: str, seed: int | None, story: bool, about: str, jobs: int, brief: bool) -> None:
     """Let the deciders live through faults, and say what they did wrong."""
     if seed is not None:
         outcome = live_through(seed, lines=None if story else 80)
