@@ -489,6 +489,8 @@ class Coordinator:
             self._end_open(job, f"rank {state.rank} has a new layout", now)
         if new:
             job.pacer.every = max(1, state.every)
+            if state.round != job.round and len(job.left) == job.world_size:
+                job.left = set()  # it was stopped on purpose, and is now started again
         if job.round == state.round:
             idle = not state.free_slots and not state.step
             if state.life < job.life or (new and idle):

@@ -956,6 +956,16 @@ class TestEnd:
 
 
 class TestVacancies:
+    def test_a_job_that_was_stopped_and_is_started_again_gets_spares(self) -> None:
+        """A node is lost after its ranks have come, and before they were granted a life."""
+        cluster = trained("a", "b", spares=("s",))
+        cluster.wait_for_launcher("s")
+        for rank in (0, 1):
+            cluster.leave(rank, reason="detached")
+        cluster.attach("r2", "a", "b")
+        cluster.destroy("b")
+        assert cluster.told("s", Activate)
+
     def test_each_lost_node_calls_one_spare(self) -> None:
         cluster = trained(*"abcd", spares=("s", "t", "u"))
         for name in "stu":
