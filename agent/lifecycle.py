@@ -140,6 +140,7 @@ class Trainer:
     world_size: int
     every: int
     slots: int
+    keep: int
     life: int = 0
     answered: bool = False
     step: int = 0
@@ -577,6 +578,7 @@ class Lifecycle:
             message.world_size,
             message.every,
             message.slots,
+            message.keep,
         )
         record = self.records.get(message.job)
         if record is not None and 0 < message.life < record.life:
@@ -704,12 +706,21 @@ class Lifecycle:
             # All its slots hold snapshots. Tickets come when the first of them is retired.
             needed -= new * message.size_bytes
             new = 0
-        if self.used_bytes + needed > limit:
+        refusal = self._over_quota(trainer)
+        if not refusal and self.used_bytes + needed > limit:
+            generations = self._keep_of(trainer.job) + 1
+            what = (
+                f"for {new} slots of {message.size_bytes} bytes and {generations} generations of "
+                "parity"
+            )
+            refusal = self._too_small(needed, what)
+            if generations > 2:
+                refusal += f", or keep fewer snapshots than Checkpointer(keep={generations - 1})"
+        if refusal:
             trainer.opening = False
             trainer.segment_bytes = 0
-            what = f"for {new} slots of {message.size_bytes} bytes and two generations of parity"
-            self._problem(f"{trainer.job}: {self._too_small(needed, what)}")
-            self._tell(trainer.conn, Rejected("MemoryTooSmall", self._too_small(needed, what)))
+            self._problem(f"{trainer.job}: {refusal}")
+            self._tell(trainer.conn, Rejected("MemoryTooSmall", refusal))
             return
         for _ in range(new):
             name = self._new_name(trainer.job, "segment")
@@ -766,13 +777,45 @@ class Lifecycle:
         return trainer.slots - len(self._owned(trainer)) - max(0, left - owed)
 
     def _parity_reserve(self, job: str) -> int:
-        """Bytes that two generations of parity will need beyond those that are there."""
+        """Bytes that all generations of parity will need beyond those that are there."""
+        there = sum(s.size_bytes for s in self.slots.values() if s.parity and s.job == job)
+        return max(0, (self._keep_of(job) + 1) * self._parity_bytes(job) - there)
+
+    def _parity_bytes(self, job: str) -> int:
+        """What one generation of parity takes, as far as layouts are open."""
         grant = self.grants.get(job)
         fraction = grant.parity_fraction if grant is not None else 0.0
         image = sum(t.segment_bytes for t in self.trainers.values() if t.job == job)
-        cells = ceil(image / self.cell_bytes * fraction) if self.cell_bytes else 0
-        there = sum(s.size_bytes for s in self.slots.values() if s.parity and s.job == job)
-        return max(0, 2 * cells * self.cell_bytes - there)
+        return ceil(image / self.cell_bytes * fraction) * self.cell_bytes if self.cell_bytes else 0
+
+    def _keep_of(self, job: str) -> int:
+        return max((t.keep for t in self.trainers.values() if t.job == job), default=1)
+
+    def _over_quota(self, trainer: Trainer) -> str:
+        """Why the job may not have what its layouts come to on this node; "" if it may.
+
+        What a restore needs besides, for a while, does not count: it must not be refused.
+        """
+        job, grant = trainer.job, self.grants.get(trainer.job)
+        if grant is None or grant.quota_bytes is None:
+            return ""
+        slots = [
+            (t.slots, t.segment_bytes)
+            for t in self.trainers.values()
+            if (t.job, t.life) == (job, trainer.life) and t.segment_bytes
+        ]
+        in_slots = sum(number * size_bytes for number, size_bytes in slots)
+        generations, each = self._keep_of(job) + 1, self._parity_bytes(job)
+        needed = in_slots + generations * each
+        if needed <= grant.quota_bytes:
+            return ""
+        fewer = "keep fewer snapshots (Checkpointer(keep=...)), or " if generations > 2 else ""
+        return (
+            f"the job {job!r} needs {needed} bytes on node {self.identity.node}: {in_slots} in "
+            f"{sum(number for number, _ in slots)} slots and {generations} generations of parity "
+            f"of {each} bytes; its quota is {grant.quota_bytes}; {fewer}raise it with `ckptd "
+            f"quota {job} {needed}`, or that of all jobs with `ckptd coordinator --job-quota`"
+        )
 
     def _layout_ready(self, trainer: Trainer, now: float) -> None:
         if trainer.opening and all(s.use is not Use.ALLOCATING for s in self._owned(trainer)):
@@ -1002,6 +1045,7 @@ class Lifecycle:
             seen_step=trainer.seen_step,
             step=trainer.step,
             shares=trainer.shares,
+            keep=trainer.keep,
         )
 
     def _report_rank(self, trainer: Trainer, now: float) -> None:

@@ -207,7 +207,7 @@ class LocalCluster:
 
         def there() -> bool:
             nodes = self.status()["nodes"]
-            return len([node for node in nodes if node["state"] == "live"]) >= count
+            return len([node for node in nodes if node["state"] != "lost"]) >= count
 
         self.wait(f"{count} live agents", there, timeout_s)
 

@@ -46,6 +46,8 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "damaged_cells": 0,
         "mended_cells": 0,
         "seen_s_ago": 0.2,
+        "isolated": None,
+        "draining": None,
         "reasons": [],
         **changed,
     }
@@ -113,6 +115,10 @@ DOCUMENT: dict[str, Any] = {
             "step_s": 0.125,
             "resumed_from": "lm/2.890",
             "waiting_for": WAITS,
+            "keep": 3,
+            "rollback": "lm/2.850",
+            "quota_bytes": 4 << 30,
+            "suspect_nodes": [],
             "restoring": [
                 {
                     "node": "node-d",
@@ -161,6 +167,10 @@ DOCUMENT: dict[str, Any] = {
             "step_s": 0.125,
             "resumed_from": None,
             "waiting_for": "",
+            "keep": 1,
+            "rollback": None,
+            "quota_bytes": None,
+            "suspect_nodes": ["node-a"],
             "restoring": [],
             "at_risk": {"process_steps": 1, "process_s": 0.4, "node_steps": 2, "node_s": 0.5},
             "groups": [],

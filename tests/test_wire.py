@@ -56,7 +56,7 @@ def decoder() -> Decoder[Message]:
 
 def test_another_protocol_version_is_named(decoder: Decoder[Message]) -> None:
     """Before anything else: the rest of the frame may mean something else by then."""
-    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 2"):
+    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 3"):
         decoder.decode(b"ck\x09whatever")
 
 

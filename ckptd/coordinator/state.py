@@ -5,6 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ckptd.coordinator.pacer import Pacer
+from ckptd.coordinator.rhythm import Rhythm
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest, JobRecord
@@ -51,6 +52,9 @@ class Node:
     """ZeroMQ identity of its connection."""
     last_seen: float
     live: bool = True
+    suspect: bool = False
+    """It has been silent for longer than it ever is; not for so long that it is lost."""
+    rhythm: Rhythm = field(default_factory=Rhythm)
     rival_since: float | None = None
     """When another agent first said Hello under this node's id, with another memory."""
     holdings: dict[SnapshotId, Holding] = field(default_factory=dict)
@@ -126,6 +130,12 @@ class Job:
     resumed_from: SnapshotId | None = None
     """What `life` was granted to begin from."""
     granted_because: str = ""
+
+    @property
+    def keep(self) -> int:
+        """How many protected snapshots are kept."""
+        return self.record.keep if self.record is not None else 1
+
     attachments: dict[tuple[str, int], Attachment] = field(default_factory=dict)
     """By (round, rank)."""
     pending: PendingResume | None = None
