@@ -6,6 +6,7 @@
 
 import enum
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -702,7 +703,7 @@ class Lifecycle:
         new = self._slots_to_add(trainer)
         needed = new * message.size_bytes + self._parity_reserve(trainer.job)
         limit = self.identity.memory_limit_bytes
-        if self.used_bytes + needed > limit and self._slots_lacking(trainer) <= 0 < new:
+        if self.used_bytes + needed > limit and self._slots_lacking(trainer, False) <= 0 < new:
             # All its slots hold snapshots. Tickets come when the first of them is retired.
             needed -= new * message.size_bytes
             new = 0
@@ -756,18 +757,27 @@ class Lifecycle:
         usable = [s for s in owned if s.use in (Use.FREE, Use.ALLOCATING, Use.RELEASING)]
         return max(self._slots_lacking(trainer), 0 if usable else 1)
 
-    def _slots_lacking(self, trainer: Trainer) -> int:
+    def _slots_lacking(self, trainer: Trainer, beside_moved: bool = True) -> int:
         """Slots that it has to get, beside its own and those that snapshots will leave to it.
 
-        Slots of dead trainers that still hold snapshots are claimed once these are retired.
+        Slots of dead trainers that still hold snapshots are claimed once these are retired. Where
+        ranks have moved, a node may hold more segments of a snapshot than it has ranks; as long as
+        it is kept they are in the way of its successors, and are not counted if `beside_moved`.
         """
-        left = sum(
-            not s.parity
+        left_by_id = Counter(
+            s.id
+            for s in self.slots.values()
+            if not s.parity
             and s.owner is None
             and s.use is not Use.FREE
             and (s.job, s.size_bytes) == (trainer.job, trainer.segment_bytes)
-            for s in self.slots.values()
         )
+        left = left_by_id.total()
+        if beside_moved:
+            ranks = sum(
+                (t.job, t.life) == (trainer.job, trainer.life) for t in self.trainers.values()
+            )
+            left = sum(min(ranks, count) for count in left_by_id.values())
         owed = sum(
             max(0, other.slots - len(self._owned(other)))
             for other in self.trainers.values()

@@ -62,6 +62,8 @@ class Plan:
     spares: int = 2
     slots: int = 2
     """Slots of each rank."""
+    keep: int = 1
+    """How many protected snapshots are kept."""
     control_s: Range = (0.001, 0.02)
     """A message between an agent and the coordinator."""
     control_tail_s: float = 0.0
@@ -475,7 +477,8 @@ class Trainer(Local):
     def connected(self) -> None:
         self.tickets.clear()
         ranks, slots = self.plan.ranks, self.plan.slots
-        self.say(Attach(JOB, self.run.round, self.rank, ranks, 1, slots, self.life))
+        keep = self.plan.keep
+        self.say(Attach(JOB, self.run.round, self.rank, ranks, 1, slots, self.life, keep))
         if self.opened:
             self.say(OpenLayout(self.life, SIZE_BYTES))
         elif self.pending is not None:
