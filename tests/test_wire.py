@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ckptd import wire
 from ckptd.errors import ProtocolError
 from ckptd.ids import SnapshotId
-from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member
+from ckptd.manifest import Ancestor, Extent, GivenUp, Group, JobManifest, JobRecord, Member
 from ckptd.wire import Attach, Decoder, Message, Progress, TrainerMessage, encode
 
 ID = SnapshotId("job", 2, 70)
@@ -18,7 +18,7 @@ EXTENTS = (Extent(0, 100), Extent(1, 2**40))
 MANIFEST = JobManifest(
     ID, 2, (Group((Member("a", EXTENTS), Member("b", ())), 1),), "zfec", 4096, (Ancestor(1, 60),)
 )
-RECORD = JobRecord("job", 2, {"a": "token"}, (Ancestor(1, 60),))
+RECORD = JobRecord("job", 2, {"a": "token"}, (Ancestor(1, 60),), 3, (GivenUp(1, 60, 2),))
 RANK = wire.RankState("job", "round", 2, 0, 2, 1, 1, 60, 61)
 HOLDING = wire.Holding(ID, 2, EXTENTS, True, MANIFEST)
 SOURCE = wire.Source(MANIFEST, {0: ("a",)}, {0: 100}, ("b",), {"a": "127.0.0.1:1"})
@@ -36,6 +36,10 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.CoordinatorMessage, wire.Grant("job", "r", 2, ID, "why", RECORD, SOURCE, 0.5)),
     (wire.CoordinatorMessage, wire.Protect(MANIFEST, {"a": "127.0.0.1:1"})),
     (wire.ClientMessage, wire.RemoveJob("job")),
+    (wire.ClientMessage, wire.RollBack("job", 70, 2)),
+    (wire.ClientMessage, wire.DrainNode("a", True)),
+    (wire.ClientMessage, wire.IsolateNode("a", True, "why")),
+    (wire.ClientMessage, wire.SetQuota("job", None)),
     (wire.LauncherMessage, wire.WaitForWork("job")),
     (wire.AgentToLauncher, wire.Here("a", "127.0.0.1")),
     (wire.PeerRequest, wire.GetEncoded(ID, 0, 2**40, 1)),
@@ -69,7 +73,7 @@ def test_not_ours(decoder: Decoder[Message]) -> None:
 def test_too_large() -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage, limit_bytes=20)
     with pytest.raises(ProtocolError, match="of 21 bytes is over the limit of 20"):
-        decoder.decode(b"ck\x02".ljust(21))
+        decoder.decode(b"ck\x03".ljust(21))
 
 
 def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
@@ -80,7 +84,7 @@ def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
 def test_an_unknown_field_is_refused(decoder: Decoder[Message]) -> None:
     body = msgspec.msgpack.encode({"type": "Progress", "step": 1, "more": 2})
     with pytest.raises(ProtocolError, match="more"):
-        decoder.decode(b"ck\x02" + body)
+        decoder.decode(b"ck\x03" + body)
 
 
 def test_text_that_is_not_utf_8(decoder: Decoder[Message]) -> None:
@@ -103,7 +107,7 @@ def test_nested_without_end() -> None:
 @given(st.binary(max_size=80))
 def test_garbage(body: bytes) -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage)
-    for frame in (body, b"ck\x02" + body):
+    for frame in (body, b"ck\x03" + body):
         with suppress(ProtocolError):
             decoder.decode(frame)
 
@@ -123,6 +127,6 @@ def test_damaged_messages(data: st.DataObject) -> None:
 
 
 def test_a_frame_says_which_message_it_is() -> None:
-    assert encode(Progress(3)) == b"ck\x02" + msgspec.msgpack.encode(
+    assert encode(Progress(3)) == b"ck\x03" + msgspec.msgpack.encode(
         {"type": "Progress", "step": 3}
     )

@@ -197,6 +197,7 @@ class Coordinator:
                     undecided = snapshot.unprotected and not snapshot.reason
                     if undecided and snapshot.state is State.SEALED:
                         self._give_up(job, snapshot, snapshot.unprotected, now)
+            self._make_room(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
         return self._flush()
@@ -851,6 +852,40 @@ class Coordinator:
                     self._end(job, other, State.LOST, reason, now)
         for node in self.nodes:
             self._send(node, Commit(snapshot.id, tuple(retire)))
+
+    def _make_room(self, job: Job, now: float) -> None:
+        """Retire the oldest snapshot that is kept if there is no memory for new ones.
+
+        New ones are worth more. A node may have less room than it had: it holds segments of ranks
+        that have moved, for one.
+        """
+        if job.keep < 2:
+            return
+        states = [
+            held.state for (round_, _), held in job.attachments.items() if round_ == job.round
+        ]
+        busy = any(
+            snapshot.id.life == job.life and not keeping.is_safe(snapshot, self.nodes)
+            for snapshot in job.snapshots.values()
+        )
+        if busy or not self._runs(job) or all(s.free_slots for s in states):
+            job.full_since = None
+            return
+        step = min(state.step for state in states)
+        since, at_step = job.full_since = job.full_since or (now, step)
+        if now - since < self.settings.lease_s or step <= at_step:
+            return  # it may still be laying out its memory
+        wanted = self.rollback_of(job)
+        safe = [s for _, s in sorted(job.snapshots.items()) if keeping.is_safe(s, self.nodes)]
+        oldest = next((snapshot for snapshot in safe[:-1] if snapshot.id != wanted), None)
+        if oldest is None:
+            return
+        job.full_since = None
+        reason = "retired early: there was no free slot for a new snapshot"
+        self._event(now, "kept_fewer", job.name, f"{oldest.id} {reason}", step=oldest.id.step)
+        self._end(job, oldest, State.RETIRED, reason, now, tell=False)
+        for node in self.nodes:
+            self._send(node, Commit(safe[-1].id, (oldest.id,)))
 
     def _is_given_up(self, job: Job, id: SnapshotId) -> bool:
         return job.record is not None and job.record.has_given_up(id)

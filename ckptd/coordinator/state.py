@@ -150,6 +150,9 @@ class Job:
     """Ranks of `life` that said that the job is finished."""
     left: set[int] = field(default_factory=set)
     """Ranks of `life` that detached on purpose."""
+    full_since: tuple[float, int] | None = None
+    """Since when, and since which step, some rank has no free slot although nothing is under way.
+    """
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
 

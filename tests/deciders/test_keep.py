@@ -8,7 +8,16 @@ from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status
 from ckptd.ids import SnapshotId
 from ckptd.manifest import Extent
-from ckptd.wire import Commit, Drop, Holding, Holds, LifeResumed, ResumeWaits, RollBack, SnapshotFailed
+from ckptd.wire import (
+    Commit,
+    Drop,
+    Holding,
+    Holds,
+    LifeResumed,
+    ResumeWaits,
+    RollBack,
+    SnapshotFailed,
+)
 
 from .fakes import JOB, SIZE_BYTES, Cluster, snapshot
 
@@ -106,6 +115,20 @@ class TestKeep:
             cluster.free([i for m in cluster.told("a", Commit) for i in m.retire], slots=1)
         known = cluster.coordinator.jobs[JOB].snapshots
         assert sorted(id for id in known if known[id].state is State.SEALED) == made[-2:]
+
+    def test_where_there_is_no_slot_for_a_new_one_the_oldest_goes(self) -> None:
+        """A node whose memory holds other things besides; it trains, so it has laid out its own."""
+        cluster, made = training(3, snapshots=3)
+        for open_ in cluster.tickets("a"):
+            cluster.say("a", SnapshotFailed(open_, "dropped", "for the story"))
+        cluster.update(0, free_slots=0)
+        cluster.pass_time(2 * cluster.settings.lease_s)
+        assert protected(cluster) == made, "no step was done meanwhile"
+        for rank in range(4):
+            cluster.update(rank, step=cluster.state(rank).step + 5)
+        cluster.pass_time(1)
+        assert protected(cluster) == made[1:]
+        assert {id for m in cluster.told("a", Commit) for id in m.retire} == {made[0]}
 
     def test_ranks_that_differ_are_told_so_and_get_no_life(self) -> None:
         cluster = Cluster("a", "b")
