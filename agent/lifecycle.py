@@ -392,6 +392,7 @@ class Lifecycle:
         if old is None or old.life < record.life:
             self.records[record.job] = record
             self._do(ev.KeepRecord(record))
+            self._trim(record.job)
 
     def _granted(self, grant: Grant, now: float) -> None:
         self._keep(grant.record)
@@ -1109,12 +1110,15 @@ class Lifecycle:
     def _trim(self, job: str) -> None:
         """Give back what no trainer and no snapshot needs."""
         trainers = [t for t in self.trainers.values() if t.job == job]
+        # A node that the job has left, or never had, keeps only what snapshots need.
+        record = self.records.get(job)
+        here = record is not None and (bool(trainers) or self.identity.node in record.nodes)
         # Trainers that have not opened a layout yet will claim what their forerunners left.
-        kept = job in self.records and (
+        kept = here and (
             job in self._bereft or not trainers or not all(t.segment_bytes for t in trainers)
         )
         for slot in list(self.slots.values()):
-            needed = kept or (slot.parity and job in self.records)
+            needed = kept or (slot.parity and here)
             if slot.job == job and slot.use is Use.FREE and slot.owner is None and not needed:
                 self._delete(slot)
 

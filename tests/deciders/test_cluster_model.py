@@ -71,6 +71,21 @@ def test_all_kinds_of_faults_while_three_snapshots_are_kept(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_going_back_now_and_then(seed: int) -> None:
+    """What was asked for is what the job goes on from, through all kinds of faults."""
+    live_through(
+        3000 + seed,
+        "roll_back",
+        "kill_trainer",
+        "restart_agent",
+        "destroy_node",
+        "cut_off",
+        "restart_coordinator",
+        keep=1 + seed % 3,
+    )
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_all_kinds_of_faults(seed: int) -> None:
     """Trainers, agents, nodes, links and the coordinator fail, in any order, at any moment."""

@@ -1092,3 +1092,14 @@ class TestHowMuchMemory:
         node.say(1, OpenLayout(2, SIZE_BYTES))
         own = [slot for slot in node.lifecycle.slots.values() if slot.owner == 1]
         assert len(own) == 3
+
+    def test_a_node_that_the_job_has_left_gives_back_what_no_snapshot_needs(self) -> None:
+        node = Node()
+        node.train()
+        name = node.seal(snapshot(1, 5))
+        node.do(ev.LocalGone(1, "it died", dead=True))
+        assert len(node.slots()) == 2
+        node.order(Record(JobRecord(JOB, 2, {"b": "tb", "c": "tc"}, ())))
+        assert node.slots() == {name: Use.SEALED}
+        node.order(Drop(snapshot(1, 5), "it is over"))
+        assert node.slots() == {}

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from ckptd.agent import events as ev
 from ckptd.agent.lifecycle import Identity, Lifecycle
-from ckptd.coordinator import recovery
+from ckptd.coordinator import keeping, recovery
 from ckptd.coordinator.decider import Coordinator, Send, Settings
 from ckptd.coordinator.state import State
 from ckptd.ids import SnapshotId
+from ckptd.journal import Entry
 from ckptd.manifest import Extent, JobManifest, JobRecord
 from ckptd.segment import ParitySidecar, Sidecar
 from ckptd.wire import (
@@ -34,6 +35,7 @@ from ckptd.wire import (
     Restored,
     Resumed,
     Revoked,
+    RollBack,
     Sealed,
     TakeSnapshot,
     Ticket,
@@ -568,7 +570,7 @@ class Run:
     def answered(self, trainer: Trainer, message: object) -> None:
         match message:
             case Granted(life, id):
-                self.world.check_grant(id, self.rejected)
+                self.world.check_grant(life, id, self.rejected)
                 self.life, self.granted = life, id
                 self._answers = {}
                 for other in self.trainers:
@@ -605,6 +607,8 @@ class Run:
             self.trainers[0].request(AskResume(self.rejected))
             return
         self.training = True
+        if self.life > self.world.wanted_after:
+            self.world.wanted = None
         self.step = self.granted.step if self.granted is not None else 0
         self.trainers[0].say(Resumed(self.life, self.step))
         for other in self.trainers:
@@ -670,6 +674,12 @@ class World:
         self.rounds = itertools.count(1)
         self.run: Run | None = None
         self.promise: Promise | None = None
+        self.wanted: SnapshotId | None = None
+        """To which somebody wants to go back, until a life trains from there."""
+        self.wanted_after = 0
+        """The last life that may have been granted before that was asked for."""
+        self.wishes: list[tuple[SnapshotId, int]] = []
+        """All of them, with that life."""
         self.commits: list[tuple[float, SnapshotId]] = []
         self.tickets: set[SnapshotId] = set()
         self.captured: dict[SnapshotId, set[int]] = {}
@@ -678,7 +688,8 @@ class World:
         self.rejections: list[tuple[SnapshotId, str]] = []
         self.grants: list[SnapshotId | None] = []
         self.coordinator: Coordinator | None = Coordinator(SETTINGS, self.clock.now)
-        self._coordinator_epoch = 0
+        self._entries: tuple[Entry, ...] = ()
+        """Of the journal: what agents keep of it."""
         for _ in range(plan.nodes):
             self.pool.append(self.add_machine())
         for _ in range(plan.spares):
@@ -720,18 +731,25 @@ class World:
 
     def restart_coordinator(self) -> None:
         """All connections break; what was on its way is lost."""
+        self._keep_entries()
         self.coordinator = None
         for machine in self.machines.values():
             if machine.alive:
                 machine.disconnect()
 
         def start() -> None:
+            self._keep_entries()  # of another that has started meanwhile
             self.coordinator = Coordinator(SETTINGS, self.clock.now)
+            self.coordinator.journal.merge(self._entries)
             for machine in self.machines.values():
                 if machine.alive and machine.agent is not None:
                     machine.connect()
 
         self.clock.soon(0.05, 1.0, start)
+
+    def _keep_entries(self) -> None:
+        if self.coordinator is not None:
+            self._entries = self.coordinator.journal.entries
 
     # The launcher.
 
@@ -753,7 +771,28 @@ class World:
     def launcher_called(self, machine: Machine) -> None:
         self.pool.append(machine)
 
-    # Faults.
+    # Faults, and wishes.
+
+    def roll_back(self) -> None:
+        """Somebody wants to go back to a snapshot that is safe, and restarts the job."""
+        here = self.coordinator
+        job = here.jobs.get(JOB) if here is not None else None
+        if here is None or job is None:
+            return
+        safe = [s for _, s in sorted(job.snapshots.items()) if keeping.is_safe(s, here.nodes)]
+        chosen = self.clock.random.choice(safe) if safe else None
+        if chosen is None or chosen.manifest is None:
+            return
+        promise = Promise(chosen.manifest, self._gone(chosen.manifest))
+        if not promise.kept_without(set()):
+            return
+        after = max(job.life, job.record.life if job.record is not None else 0)
+        if here.obey(RollBack(JOB, chosen.id.step, chosen.id.life), self.clock.now):
+            return
+        self.promise, self.wanted, self.wanted_after = promise, chosen.id, after
+        self.wishes.append((chosen.id, after))
+        self._send(here.take_actions())
+        self.restart_job()
 
     def kill_trainer(self) -> None:
         if self.run is not None and not self.run.over:
@@ -815,22 +854,35 @@ class World:
         held = self.coordinator.live_holdings(id)
         if not recovery.is_protected(snapshot.manifest, held):
             return
+        if self.wanted is not None or any(
+            chosen < id and id.life <= after for chosen, after in self.wishes
+        ):
+            return  # what was asked for is promised, and nothing that it gave up
         if self.promise is None or id > self.promise.manifest.id:
-            gone = {
-                member.node
-                for group in snapshot.manifest.groups
-                for member in group.members
-                if member.node not in self.machines
-                or not self.machines[member.node].alive
-                or not self.machines[member.node].disk.holding(id).extents
-            }
-            self.promise = Promise(snapshot.manifest, gone)
+            self.promise = Promise(snapshot.manifest, self._gone(snapshot.manifest))
             self.commits.append((self.clock.now, id))
 
-    def check_grant(self, id: SnapshotId | None, rejected: tuple[SnapshotId, ...]) -> None:
-        """What was promised is granted, or something newer."""
+    def _gone(self, manifest: JobManifest) -> set[str]:
+        """Nodes that no longer hold their segments of it."""
+        return {
+            member.node
+            for group in manifest.groups
+            for member in group.members
+            if member.node not in self.machines
+            or not self.machines[member.node].alive
+            or not self.machines[member.node].disk.holding(manifest.id).extents
+        }
+
+    def check_grant(
+        self, life: int, id: SnapshotId | None, rejected: tuple[SnapshotId, ...]
+    ) -> None:
+        """What was asked for is granted; else what was promised, or something newer."""
         self.grants.append(id)
         assert id not in rejected
+        if self.wanted is not None:
+            if life > self.wanted_after:
+                assert id == self.wanted, f"granted {id}, though {self.wanted} was asked for"
+            return
         if self.promise is not None and self.promise.kept_without(set()):
             promised = self.promise.manifest.id
             assert promised not in rejected, f"{promised} was rejected: {self.rejections}"
