@@ -30,14 +30,41 @@ class Isolated(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
 
 class Rollback(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The snapshot from which `job` shall resume next; None once it has, or by choice of a user."""
+    """The snapshot from which `job` shall resume next; None once it has, or by choice of a user.
+
+    It is for the lives after `after`, the last that had been granted when it was asked for: when
+    one of them trains it is done with, even where the entry that says so has not been heard.
+    """
 
     job: JobId
     id: SnapshotId | None
+    after: Count = 0
 
     @property
     def about(self) -> str:
         return f"rollback {self.job}"
+
+
+class Draining(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Whether a node is to leave the cluster."""
+
+    node: NodeId
+    draining: bool
+
+    @property
+    def about(self) -> str:
+        return f"draining {self.node}"
+
+
+class Quota(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Most memory that `job` may have on each node, in bytes; None: as all jobs."""
+
+    job: JobId
+    size_bytes: Count | None
+
+    @property
+    def about(self) -> str:
+        return f"quota {self.job}"
 
 
 class Restarts(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -74,7 +101,7 @@ class Incident(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
         return f"incident {self.number} at {self.at}"
 
 
-Body = Isolated | Rollback | Restarts | Incident
+Body = Isolated | Rollback | Draining | Quota | Restarts | Incident
 
 _KEPT: dict[type[Body], int] = {Isolated: NODES_KEPT, Incident: INCIDENTS_KEPT}
 """Of each kind, how many of the newest are kept; of the others, THINGS_KEPT."""
@@ -170,10 +197,21 @@ class Journal:
         body = entry.body if entry is not None else None
         return body if isinstance(body, Isolated) and body.isolated else None
 
-    def rollback(self, job: str) -> SnapshotId | None:
+    def rollback(self, job: str) -> Rollback | None:
         """What `job` shall resume from next, if somebody chose."""
         entry = self._newest.get(f"rollback {job}")
-        return entry.body.id if entry is not None and isinstance(entry.body, Rollback) else None
+        body = entry.body if entry is not None else None
+        return body if isinstance(body, Rollback) and body.id is not None else None
+
+    def is_draining(self, node: str) -> bool:
+        """Whether a node is to leave."""
+        entry = self._newest.get(f"draining {node}")
+        return entry is not None and isinstance(entry.body, Draining) and entry.body.draining
+
+    def quota(self, job: str) -> int | None:
+        """The quota of `job` in bytes, if it has one of its own."""
+        entry = self._newest.get(f"quota {job}")
+        return entry.body.size_bytes if entry and isinstance(entry.body, Quota) else None
 
 
 def _encoded(entry: Entry) -> bytes:

@@ -4,7 +4,7 @@ A frame is `b"ck"`, one byte of protocol version, then msgpack. The version is l
 anything else, so that a peer of another version is told so instead of failing on a field.
 """
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -31,7 +31,10 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Attach(Message, frozen=True):
-    """First message of a trainer. `life` is 0 before `resume()`, and set when it reconnects."""
+    """First message of a trainer. `life` is 0 before `resume()`, and set when it reconnects.
+
+    `keep`: how many protected snapshots shall be kept; `slots` has at least one place more.
+    """
 
     job: JobId
     round: str
@@ -40,6 +43,7 @@ class Attach(Message, frozen=True):
     every: int
     slots: int
     life: Count = 0
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class AskResume(Message, frozen=True):
@@ -218,7 +222,7 @@ class Holding(msgspec.Struct, frozen=True):
 class RankState(msgspec.Struct, frozen=True):
     """One attached trainer as its agent sees it.
 
-    `free_slots` counts slots that no ticket up to `seen_step` has taken.
+    `keep` is as in `Attach`. `free_slots` counts slots that no ticket up to `seen_step` has taken.
     """
 
     job: JobId
@@ -231,6 +235,7 @@ class RankState(msgspec.Struct, frozen=True):
     seen_step: Count
     step: Count
     shares: tuple[Share, ...] = ()
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class Hello(Message, frozen=True):
@@ -464,7 +469,10 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """A new life of a job. Sent to every agent that has ranks of it."""
+    """A new life of a job. Sent to every agent that has ranks of it.
+
+    `quota_bytes`: most memory that the job may have on each node; None: what the agent has.
+    """
 
     job: JobId
     round: str
@@ -474,6 +482,7 @@ class Grant(Message, frozen=True):
     record: JobRecord
     source: Source | None
     parity_fraction: float
+    quota_bytes: Count | None = None
 
 
 class ResumeWaits(Message, frozen=True):
@@ -594,6 +603,39 @@ class RemoveJob(Message, frozen=True):
     job: JobId
 
 
+class RollBack(Message, frozen=True):
+    """Let a job resume next from its snapshot of `step`, of `life` if several lives have one.
+
+    Without a step, what was asked for before is taken back.
+    """
+
+    job: JobId
+    step: Count | None = None
+    life: Count | None = None
+
+
+class DrainNode(Message, frozen=True):
+    """A node is to leave the cluster, or (`drain` False) is to stay after all."""
+
+    node: NodeId
+    drain: bool
+
+
+class IsolateNode(Message, frozen=True):
+    """A node shall have no part in any new life, or (`isolated` False) it may again."""
+
+    node: NodeId
+    isolated: bool
+    reason: str
+
+
+class SetQuota(Message, frozen=True):
+    """Most memory that a job may have on each node from its next life on; None: the default."""
+
+    job: JobId
+    size_bytes: Count | None
+
+
 class Answer(Message, frozen=True):
     """The coordinator's answer to the CLI: a JSON document, or an error text."""
 
@@ -601,7 +643,8 @@ class Answer(Message, frozen=True):
     error: str = ""
 
 
-ClientMessage = AskStatus | RemoveJob
+ClientOrder = RemoveJob | RollBack | DrainNode | IsolateNode | SetQuota
+ClientMessage = AskStatus | ClientOrder
 
 
 class WaitForWork(Message, frozen=True):

@@ -48,7 +48,12 @@ from ckptd.logs import set_up_logs
     type=click.FloatRange(0.2, 600),
     default=4.0,
     show_default=True,
-    help="A node that is silent for so many seconds is lost.",
+    help="A node that is silent for so many seconds is lost; it is suspect within three beats.",
+)
+@click.option(
+    "--job-quota",
+    type=options.Size(),
+    help="Most memory of one job on each node. Default: none; `ckptd quota` sets that of one job.",
 )
 @click.option(
     "--rebuild-after",
@@ -84,6 +89,7 @@ def command(
     cell_size: int,
     beat: float,
     lease: float,
+    job_quota: int | None,
     rebuild_after: float,
     announce: Path | None,
     take_over: bool,
@@ -110,5 +116,13 @@ def command(
             f"--parity-shards {parity_shards} must be fewer than --group-nodes {group_nodes}"
         )
     set_up_logs(log_level, log_json)
-    settings = Settings(cell_size, parity_shards, group_nodes, beat, lease, rebuild_after)
+    settings = Settings(
+        cell_size,
+        parity_shards,
+        group_nodes,
+        beat,
+        lease,
+        rebuild_after_s=rebuild_after,
+        job_quota_bytes=job_quota,
+    )
     run_coordinator(CoordinatorConfig(listen, settings, key_file, announce, take_over, lease_file))

@@ -14,6 +14,7 @@ GOOD, BUSY, WARN, BAD, PAST = "green", "cyan", "yellow", "bold red", "dim"
 
 _STATES = {
     "live": GOOD,
+    "suspect": WARN,
     "ticketed": BUSY,
     "capturing": BUSY,
     "sealed": BUSY,

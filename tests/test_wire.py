@@ -11,7 +11,7 @@ from ckptd import wire
 from ckptd.errors import ProtocolError
 from ckptd.ids import SnapshotId
 from ckptd.journal import Entry, Isolated, LogSummary, Rollback
-from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member
+from ckptd.manifest import Ancestor, Extent, GivenUp, Group, JobManifest, JobRecord, Member
 from ckptd.terms import Obeyed, Term
 from ckptd.wire import Attach, Decoder, Message, Progress, TrainerMessage, encode
 
@@ -20,7 +20,7 @@ EXTENTS = (Extent(0, 100), Extent(1, 2**40))
 MANIFEST = JobManifest(
     ID, 2, (Group((Member("a", EXTENTS), Member("b", ())), 1),), "zfec", 4096, (Ancestor(1, 60),)
 )
-RECORD = JobRecord("job", 2, {"a": "token"}, (Ancestor(1, 60),))
+RECORD = JobRecord("job", 2, {"a": "token"}, (Ancestor(1, 60),), 3, (GivenUp(1, 60, 2),))
 RANK = wire.RankState("job", "round", 2, 0, 2, 1, 1, 60, 61)
 HOLDING = wire.Holding(ID, 2, EXTENTS, True, MANIFEST)
 OBEYED = Obeyed(Term(3, "c", "tcp://h:1", 4.0), float("inf"), None)
@@ -45,6 +45,10 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.CoordinatorMessage, wire.KeepEntries(ENTRIES)),
     (wire.Order, wire.Order(3, "c", wire.Welcome(0.5, 4096, "tcp://h:1", 4.0))),
     (wire.ClientMessage, wire.RemoveJob("job")),
+    (wire.ClientMessage, wire.RollBack("job", 70, 2)),
+    (wire.ClientMessage, wire.DrainNode("a", True)),
+    (wire.ClientMessage, wire.IsolateNode("a", True, "why")),
+    (wire.ClientMessage, wire.SetQuota("job", None)),
     (wire.LauncherMessage, wire.WaitForWork("job")),
     (wire.AgentToLauncher, wire.Here("a", "127.0.0.1")),
     (wire.PeerRequest, wire.GetEncoded(ID, 0, 2**40, 1)),

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ckptd.coordinator import again, choice, recovery, spare
+from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
 from ckptd.coordinator.claim import Claim, Stop, judge
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.replication import Messages, Replication
@@ -27,14 +27,24 @@ from ckptd.coordinator.state import (
 from ckptd.erasure import ZfecCodec, form_groups, parity_of_group
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
-from ckptd.journal import Body, Entry, Journal
-from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member, is_ancestor
+from ckptd.journal import Body, Entry, Journal, Rollback
+from ckptd.manifest import (
+    Ancestor,
+    Extent,
+    GivenUp,
+    Group,
+    JobManifest,
+    JobRecord,
+    Member,
+    is_ancestor,
+)
 from ckptd.terms import Obeyed
 from ckptd.wire import (
     Activate,
     AgentMessage,
     AskResumeFor,
     Beat,
+    ClientOrder,
     Commit,
     CoordinatorMessage,
     Dismiss,
@@ -56,6 +66,7 @@ from ckptd.wire import (
     Rebuild,
     RebuildFailed,
     Record,
+    RemoveJob,
     ResumeWaits,
     SegmentReady,
     SnapshotFailed,
@@ -82,12 +93,14 @@ class Settings:
     beat_s: float = 0.5
     """How often an agent says that it is alive, in seconds."""
     lease_s: float = 4.0
-    """A node that was silent for so long is lost, in seconds."""
+    """A node that was silent for so long is lost, in seconds. It is suspect within three beats."""
     rebuild_after_s: float = 30.0
     """Segments of a node that is lost for so long, in seconds, and whose place nobody takes, are
     rebuilt on others' spare memory; 0: never."""
     settle_s: float | None = None
     """How long after the start there may be nodes yet unheard, in seconds; None: the lease."""
+    job_quota_bytes: int | None = None
+    """Most memory of one job on each node, in bytes, unless it has a quota of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,7 @@ class Coordinator:
         self._peers: dict[bytes, str] = {}
         self._out: list[Send] = []
         self._process_began = self._awake_at = now
+        self._ticked_at = now
 
     # The two entries.
 
@@ -141,6 +155,10 @@ class Coordinator:
             self._out.append(Send(peer, WhoAreYou()))
             return self._flush()
         node = self.nodes[name]
+        if node.suspect:
+            node.suspect = False
+            text = f"{name} is heard again, after {now - node.last_seen:.1f} s"
+            self._event(now, "node_heard", "", text, node=name)
         node.last_seen = now
         if not node.live:
             # It was given up; its word on what it holds must be heard again.
@@ -148,6 +166,7 @@ class Coordinator:
             return self._flush()
         match message:
             case Beat():
+                node.rhythm.beat(now)
                 node.memory_used_bytes = message.memory_used_bytes
                 node.problems = message.problems
                 node.spare_bytes = message.spare_bytes
@@ -208,7 +227,9 @@ class Coordinator:
         for name, node in self.nodes.items():
             if node.live and now - node.last_seen >= self.settings.lease_s:
                 self._node_lost(name, now)
+        self._suspect(now)
         for job in list(self.jobs.values()):
+            self._clear_rollback(job, now)
             self._miss_nodes(job, now)
             if now >= self._settled_at:
                 for snapshot in list(job.snapshots.values()):
@@ -217,13 +238,14 @@ class Coordinator:
                         self._give_up(job, snapshot, snapshot.unprotected, now)
             self._look_at_parity(job, now)
             self._rebuild_lost(job, now)
+            self._make_room(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
         return self._flush()
 
     def next_deadline(self, now: float) -> float:
         """When `tick` must be called at the latest."""
-        deadlines = [n.last_seen + self.settings.lease_s for n in self.nodes.values() if n.live]
+        deadlines = [self._silence_ends_at(n) for n in self.nodes.values() if n.live]
         if any(job.pending for job in self.jobs.values()):
             deadlines.append(now + self.settings.beat_s)
         return min(deadlines, default=now + 1.0)
@@ -246,9 +268,35 @@ class Coordinator:
             self._replicate(self._replication.said([entry]))
         return entry
 
+    def obey(self, order: ClientOrder, now: float) -> str:
+        """Do what somebody asks for; returns "" or the reason why not."""
+        if isinstance(order, RemoveJob):
+            return self.remove_job(order.job, now)
+        entry = orders.entry_for(order, self.nodes, self.jobs, self.journal)
+        if isinstance(entry, str):
+            return entry
+        self._note(entry, now)
+        for job in list(self.jobs.values()):
+            self._miss_nodes(job, now)
+            self._consider_resume(job, now)
+        return ""
+
     def take_actions(self) -> list[Send]:
-        """Actions of `remove_job` and `say`."""
+        """Actions of `remove_job`, `say` and `obey`."""
         return self._flush()
+
+    def rollback_of(self, job: Job) -> SnapshotId | None:
+        """The snapshot from which somebody wants the job to resume next."""
+        wanted = self.journal.rollback(job.name)
+        if wanted is None:
+            return None
+        done = any(id.life > wanted.after for id in job.snapshots)
+        return None if done or (job.resumed and job.life > wanted.after) else wanted.id
+
+    def quota_of(self, job: str) -> int | None:
+        """Most memory that the job may have on each node, in bytes."""
+        own = self.journal.quota(job)
+        return self.settings.job_quota_bytes if own is None else own
 
     def live_holdings(self, id: SnapshotId) -> dict[str, Holding]:
         """What live nodes hold of one snapshot."""
@@ -333,6 +381,8 @@ class Coordinator:
         # A restarted agent starts anew; the same one saying hello again goes on.
         fresh = old is None or old.hello.incarnation != hello.incarnation
         node = Node(hello, peer, now, told_at=now, launchers=set(hello.launchers))
+        if old is not None and not fresh:
+            node.rhythm = old.rhythm
         node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
         node.spare_bytes = hello.spare_bytes
         self.nodes[hello.node] = node
@@ -406,9 +456,26 @@ class Coordinator:
                 if whole and snapshot.id in held:
                     self._send(node, Commit(snapshot.id, ()))
 
+    def _suspect(self, now: float) -> None:
+        """Take note of who is silent for longer than usual."""
+        late_s, self._ticked_at = now - self._ticked_at, now
+        if late_s > 1.5 * self.settings.beat_s:
+            return  # this process was held up: what the nodes said meanwhile is still to be read
+        for name, node in self.nodes.items():
+            if node.live and not node.suspect and now >= self._silence_ends_at(node):
+                node.suspect = True
+                text = f"{name} is suspect: silent for {now - node.last_seen:.1f} s"
+                self._event(now, "node_suspect", "", text, node=name)
+
+    def _silence_ends_at(self, node: Node) -> float:
+        """When a live node that is still silent becomes suspect, or lost if it is suspect."""
+        beat_s, lease_s = self.settings.beat_s, self.settings.lease_s
+        bound_s = lease_s if node.suspect else node.rhythm.bound_s(beat_s, lease_s)
+        return node.last_seen + bound_s
+
     def _node_lost(self, name: str, now: float) -> None:
         node = self.nodes[name]
-        node.live = False
+        node.live = node.suspect = False
         silent_s = now - node.last_seen
         self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
         node.holdings, node.fetching, node.recoding = {}, (), ()
@@ -430,6 +497,8 @@ class Coordinator:
                 lost = now >= self._settled_at
             else:  # one that came back with empty memory has lost its ranks, too
                 lost = not node.live or node.hello.memory_token != token
+                if self.journal.is_isolated(name) and name not in self._job_nodes(job):
+                    lost = True  # and one whose ranks have left may not have them again
             if lost:
                 job.vacancies.setdefault(name, "")
         self._fill_vacancies(job, now)
@@ -442,6 +511,8 @@ class Coordinator:
         """Whether a lost node has come back to its ranks; not as a spare, for any place."""
         node = self.nodes.get(name)
         if node is None or not node.live or job.name in node.launchers:
+            return False
+        if self.journal.is_isolated(name):
             return False
         token = job.record.nodes.get(name) if job.record is not None else None
         return node.hello.memory_token == token or name in self._job_nodes(job)
@@ -458,7 +529,8 @@ class Coordinator:
             if self._is_back(job, lost):
                 continue
             for name, node in sorted(self.nodes.items()):
-                if node.live and job.name in node.launchers:
+                leaves = self.journal.is_draining(name) or self.journal.is_isolated(name)
+                if node.live and not leaves and job.name in node.launchers:
                     node.launchers.discard(job.name)
                     job.vacancies[lost] = name
                     self._send(name, Activate(job.name))
@@ -601,7 +673,9 @@ class Coordinator:
         ranks = []
         for rank in range(job.world_size):
             held = job.attachments.get((job.round, rank))
-            if held is None or held.state.life != job.life or not self.nodes[held.node].live:
+            if held is None or held.state.life != job.life:
+                return
+            if not self.nodes[held.node].live or self.nodes[held.node].suspect:
                 return
             ranks.append(held.state)
         self._drop_orphans(job, min(state.seen_step for state in ranks), now)
@@ -700,7 +774,8 @@ class Coordinator:
         holdings = self.live_holdings(snapshot.id)
         verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
         nodes = choice.members_of(snapshot.manifest)
-        better = self._better(job, snapshot)
+        wanted = snapshot.id == self.rollback_of(job)
+        better = None if wanted else self._better(job, snapshot)
         if better is not None:
             # Only a life that runs needs the slots for its next snapshots.
             if better > snapshot.id or (snapshot.id.life == job.life and self._runs(job)):
@@ -722,7 +797,8 @@ class Coordinator:
         margin = recovery.margin(snapshot.manifest, self.live_holdings(snapshot.id))
         for id in sorted(job.snapshots, reverse=True):
             other, holdings = job.snapshots[id], self.live_holdings(id)
-            if not (id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)):
+            comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
+            if not comparable or self._is_given_up(job, id):
                 continue
             its = recovery.margin(other.manifest, holdings)
             if its > margin:
@@ -1075,21 +1151,36 @@ class Coordinator:
             self._send(node, Commit(snapshot.id, ()))
 
     def _commit(self, job: Job, snapshot: Snapshot, now: float) -> None:
-        """Give permission to free what the snapshot replaces: its ancestors, and dead branches."""
+        """Give permission to free what the snapshot replaces: its ancestors, and dead branches.
+
+        Of its ancestors, as many protected ones stay as the job keeps. What a rollback gave up goes
+        once a life after it has a snapshot that is safe.
+        """
         manifest = snapshot.manifest
-        if manifest is None or any(
-            other.state is State.PROTECTED and other.id > snapshot.id
+        if manifest is None or self._is_given_up(job, snapshot.id):
+            return
+        if any(
+            other.state is State.PROTECTED
+            and other.id > snapshot.id
+            and not self._is_given_up(job, other.id)
             for other in job.snapshots.values()
         ):
             return
         retire = []
+        kept = keeping.kept(job, snapshot, self.rollback_of(job), self.nodes)
+        safe = keeping.is_safe(snapshot, self.nodes)
         for other in list(job.snapshots.values()):
+            if other.id in kept:
+                continue
             if is_ancestor(other.id, snapshot.id, manifest.ancestors):
                 retire.append(other.id)
                 if other.state in (State.TICKETED, State.CAPTURING):
                     self._end(job, other, State.DROPPED, f"{snapshot.id} is newer", now)
                 else:
                     self._end(job, other, State.RETIRED, "", now, tell=False)
+            elif other.id.life < snapshot.id.life and safe and self._is_given_up(job, other.id):
+                retire.append(other.id)
+                self._end(job, other, State.RETIRED, "given up by a rollback", now, tell=False)
             elif other.id.life < snapshot.id.life:
                 verdict = recovery.judge(
                     other.manifest, other.world_size, self.live_holdings(other.id)
@@ -1101,6 +1192,54 @@ class Coordinator:
                     self._end(job, other, State.LOST, reason, now)
         for node in self.nodes:
             self._send(node, Commit(snapshot.id, tuple(retire)))
+
+    def _make_room(self, job: Job, now: float) -> None:
+        """Retire the oldest snapshot that is kept if there is no memory for new ones.
+
+        New ones are worth more. A node may have less room than it had: it holds segments of ranks
+        that have moved, for one.
+        """
+        if job.keep < 2:
+            return
+        states = [
+            held.state for (round_, _), held in job.attachments.items() if round_ == job.round
+        ]
+        busy = any(
+            snapshot.id.life == job.life and not keeping.is_safe(snapshot, self.nodes)
+            for snapshot in job.snapshots.values()
+        )
+        if busy or not self._runs(job) or all(s.free_slots for s in states):
+            job.full_since = None
+            return
+        step = min(state.step for state in states)
+        since, at_step = job.full_since = job.full_since or (now, step)
+        if now - since < self.settings.lease_s or step <= at_step:
+            return  # it may still be laying out its memory
+        wanted = self.rollback_of(job)
+        safe = [s for _, s in sorted(job.snapshots.items()) if keeping.is_safe(s, self.nodes)]
+        oldest = next((snapshot for snapshot in safe[:-1] if snapshot.id != wanted), None)
+        if oldest is None:
+            return
+        job.full_since = None
+        reason = "retired early: there was no free slot for a new snapshot"
+        self._event(now, "kept_fewer", job.name, f"{oldest.id} {reason}", step=oldest.id.step)
+        self._end(job, oldest, State.RETIRED, reason, now, tell=False)
+        for node in self.nodes:
+            self._send(node, Commit(safe[-1].id, (oldest.id,)))
+
+    def _is_given_up(self, job: Job, id: SnapshotId) -> bool:
+        return job.record is not None and job.record.has_given_up(id)
+
+    def _clear_rollback(self, job: Job, now: float) -> None:
+        """Once a life trains from where somebody wanted to go back to, the wish is fulfilled."""
+        if self.journal.rollback(job.name) is not None and self.rollback_of(job) is None:
+            self._note(Rollback(job.name, None), now)
+
+    def _note(self, body: Body, now: float) -> None:
+        """Put what shall outlive this coordinator into the journal."""
+        self.say(body, now)
+        kind, text = orders.describe(body)
+        self._event(now, kind, getattr(body, "job", ""), text)
 
     def _end(
         self, job: Job, snapshot: Snapshot, state: State, reason: str, now: float, tell: bool = True
@@ -1141,10 +1280,17 @@ class Coordinator:
             return
         self._look_at_parity(job, now)  # a node that is back may have its place again
         verdict = (
-            self._missing_ranks(job, pending)
+            self._unfit_ranks(job, pending)
+            or self._missing_ranks(job, pending)
             or self._missing_entries()
             or choice.choose(
-                job, pending, self.nodes, self._settled_at, 3 * self.settings.beat_s, now
+                job,
+                pending,
+                self.nodes,
+                self._settled_at,
+                3 * self.settings.beat_s,
+                now,
+                self.rollback_of(job),
             )
         )
         if isinstance(verdict, choice.Start):
@@ -1156,6 +1302,31 @@ class Coordinator:
             self._send(pending.node, waits)
         if verdict.final:
             job.pending = None
+
+    def _unfit_ranks(self, job: Job, pending: PendingResume) -> choice.Wait | None:
+        """Ranks where none may be, or that do not fit to each other."""
+        here = {
+            rank: held
+            for (round_, rank), held in sorted(job.attachments.items())
+            if round_ == pending.round
+        }
+        for name in sorted({held.node for held in here.values()}):
+            isolated = self.journal.is_isolated(name)
+            if isolated is not None:
+                ranks = recovery.name_ranks([r for r, held in here.items() if held.node == name])
+                return choice.Wait(
+                    f"{ranks} on {name}, which is isolated ({isolated.reason}), to be started on "
+                    f"another node; or, to let it take part again: ckptd readmit {name}"
+                )
+        keeps = {held.state.keep: rank for rank, held in reversed(here.items())}
+        if len(keeps) > 1:
+            found = ", ".join(f"rank {rank} says {keep}" for keep, rank in sorted(keeps.items()))
+            return choice.Wait(
+                f"all ranks to keep as many snapshots ({found}): give each the same "
+                "Checkpointer(keep=...), or CKPTD_KEEP",
+                final=True,
+            )
+        return None
 
     def _missing_ranks(self, job: Job, pending: PendingResume) -> choice.Wait | None:
         here = {
@@ -1208,7 +1379,16 @@ class Coordinator:
         nodes = {
             name: self.nodes[name].hello.memory_token for name in sorted(set(members.values()))
         }
-        job.record = JobRecord(job.name, life, nodes, chain)
+        keep = max(
+            held.state.keep
+            for (round_, _), held in job.attachments.items()
+            if round_ == pending.round
+        )
+        given_up = job.record.given_up if job.record is not None else ()
+        if start is not None and start == self.rollback_of(job):
+            older = (each for each in given_up if (each.life, each.step) < (start.life, start.step))
+            given_up = (*older, GivenUp(start.life, start.step, life))
+        job.record = JobRecord(job.name, life, nodes, chain, keep, given_up)
         job.life, job.round, job.members = life, pending.round, members
         job.world_size = len(members)
         job.resumed, job.resumed_from, job.pending = False, start, None
@@ -1253,7 +1433,15 @@ class Coordinator:
             for names, parity_shards in self._form_groups(record.nodes)
         )
         return Grant(
-            job.name, job.round, job.life, id, job.granted_because, record, source, fraction
+            job.name,
+            job.round,
+            job.life,
+            id,
+            job.granted_because,
+            record,
+            source,
+            fraction,
+            self.quota_of(job.name),
         )
 
     def _chain(self, job: Job, id: SnapshotId) -> tuple[Ancestor, ...]:
@@ -1271,6 +1459,8 @@ class Coordinator:
             for id in [id for id in self.nodes[node].holdings if id.job == job.name]:
                 del self.nodes[node].holdings[id]
         del self.jobs[job.name]
+        if self.journal.rollback(job.name) is not None:
+            self._note(Rollback(job.name, None), now)
         if job.life:
             self._forgotten[job.name] = job.life
         self._event(now, "job_forgotten", job.name, f"{job.name}: {why}; its memory is given back")

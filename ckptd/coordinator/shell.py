@@ -32,7 +32,6 @@ from ckptd.wire import (
     ClientMessage,
     Decoder,
     Order,
-    RemoveJob,
     encode,
 )
 
@@ -149,7 +148,7 @@ class CoordinatorProcess:
                 # An agent of another version cannot read our orders, but a CLI gets its answer.
                 await self._reply(peer, encode(Answer(b"", text)))
                 continue
-            if isinstance(message, AskStatus | RemoveJob):
+            if isinstance(message, ClientMessage):
                 await self._answer(peer, message)
             else:
                 actions = self._decider.handle(peer, message, monotonic())
@@ -170,8 +169,8 @@ class CoordinatorProcess:
     async def _answer(self, peer: bytes, message: ClientMessage) -> None:
         now = monotonic()
         error = ""
-        if isinstance(message, RemoveJob):
-            error = self._decider.remove_job(message.job, now)
+        if not isinstance(message, AskStatus):
+            error = self._decider.obey(message, now)
             await self._send(self._decider.take_actions())
         document = status(self._decider, now, time() - now)
         await self._reply(peer, encode(Answer(json.dumps(document).encode(), error)))

@@ -167,7 +167,7 @@ class TestWholeClusters:
         first.send(first.decider.take_actions())
         second = place.coordinator("c2", SECOND, take_over=True)
         assert second.decider.journal.is_isolated("a") == A_OUT
-        assert second.decider.journal.rollback(JOB) == BACK.id
+        assert second.decider.journal.rollback(JOB) == BACK
         assert second.decider.journal.next_incident == 2
         second.decider.say(A_IN, place.now)
         second.send(second.decider.take_actions())
@@ -189,7 +189,7 @@ class TestWholeClusters:
         assert not second.decider.ended
         assert summaries(place) == {second.decider.journal.summary}
         assert second.decider.journal.is_isolated("a")
-        assert second.decider.journal.rollback(JOB) == BACK.id
+        assert second.decider.journal.rollback(JOB) == BACK
 
     def test_what_is_said_before_there_is_a_term_counts_all_the_same(self, place: Place) -> None:
         """A person asked a coordinator that had heard of no agent yet."""
@@ -207,7 +207,7 @@ class TestWholeClusters:
         cluster = Cluster("a", "b")
         cluster.pass_time(cluster.settings.lease_s)
         theirs = Journal()
-        theirs.merge([Entry(1, 1, BACK)])
+        theirs.merge([Entry(1, 1, Isolated("z", True, "why"))])
         hello = msgspec.structs.replace(cluster.hello_of("b"), log=theirs.summary)
         assert AskEntries() in cluster.say("b", hello)
         cluster.attach("r1", "a", "b")
