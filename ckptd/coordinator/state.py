@@ -131,11 +131,6 @@ class Job:
     """What `life` was granted to begin from."""
     granted_because: str = ""
 
-    @property
-    def keep(self) -> int:
-        """How many protected snapshots are kept."""
-        return self.record.keep if self.record is not None else 1
-
     attachments: dict[tuple[str, int], Attachment] = field(default_factory=dict)
     """By (round, rank)."""
     pending: PendingResume | None = None
@@ -151,10 +146,18 @@ class Job:
     left: set[int] = field(default_factory=set)
     """Ranks of `life` that detached on purpose."""
     full_since: tuple[float, int] | None = None
-    """Since when, and since which step, some rank has no free slot although nothing is under way.
-    """
+    """Since when, and which step, some rank has no free slot although nothing is under way."""
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
+
+    @property
+    def keep(self) -> int:
+        """How many protected snapshots are kept."""
+        return self.record.keep if self.record is not None else 1
+
+    def has_given_up(self, id: SnapshotId) -> bool:
+        """Whether a rollback went back past `id`."""
+        return self.record is not None and self.record.has_given_up(id)
 
 
 @dataclass(frozen=True, slots=True)

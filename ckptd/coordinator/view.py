@@ -166,8 +166,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
     lacks = ""
     if snapshot.state is State.PROTECTED and without:
         lacks = f"the parity of {', '.join(without)} is gone"
-    record = coordinator.jobs[snapshot.id.job].record
-    given_up = record is not None and record.has_given_up(snapshot.id)
+    given_up = coordinator.jobs[snapshot.id.job].has_given_up(snapshot.id)
     return {
         "id": str(snapshot.id),
         "life": snapshot.id.life,
