@@ -61,7 +61,7 @@ def choose(
     partial: list[str] = []
     for id in sorted(job.snapshots, reverse=True):
         snapshot = job.snapshots[id]
-        if job.record is not None and job.record.has_given_up(id):
+        if job.has_given_up(id):
             notes.append(f"{id} was given up by a rollback")
             continue
         if id in pending.rejected:

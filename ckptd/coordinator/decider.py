@@ -798,7 +798,7 @@ class Coordinator:
         for id in sorted(job.snapshots, reverse=True):
             other, holdings = job.snapshots[id], self.live_holdings(id)
             comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
-            if not comparable or self._is_given_up(job, id):
+            if not comparable or job.has_given_up(id):
                 continue
             its = recovery.margin(other.manifest, holdings)
             if its > margin:
@@ -1157,12 +1157,12 @@ class Coordinator:
         once a life after it has a snapshot that is safe.
         """
         manifest = snapshot.manifest
-        if manifest is None or self._is_given_up(job, snapshot.id):
+        if manifest is None or job.has_given_up(snapshot.id):
             return
         if any(
             other.state is State.PROTECTED
             and other.id > snapshot.id
-            and not self._is_given_up(job, other.id)
+            and not job.has_given_up(other.id)
             for other in job.snapshots.values()
         ):
             return
@@ -1178,7 +1178,7 @@ class Coordinator:
                     self._end(job, other, State.DROPPED, f"{snapshot.id} is newer", now)
                 else:
                     self._end(job, other, State.RETIRED, "", now, tell=False)
-            elif other.id.life < snapshot.id.life and safe and self._is_given_up(job, other.id):
+            elif other.id.life < snapshot.id.life and safe and job.has_given_up(other.id):
                 retire.append(other.id)
                 self._end(job, other, State.RETIRED, "given up by a rollback", now, tell=False)
             elif other.id.life < snapshot.id.life:
@@ -1226,9 +1226,6 @@ class Coordinator:
         self._end(job, oldest, State.RETIRED, reason, now, tell=False)
         for node in self.nodes:
             self._send(node, Commit(safe[-1].id, (oldest.id,)))
-
-    def _is_given_up(self, job: Job, id: SnapshotId) -> bool:
-        return job.record is not None and job.record.has_given_up(id)
 
     def _clear_rollback(self, job: Job, now: float) -> None:
         """Once a life trains from where somebody wanted to go back to, the wish is fulfilled."""

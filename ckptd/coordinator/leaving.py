@@ -27,7 +27,7 @@ def waits_before_leaving(
             )
         for id in sorted(job.snapshots, reverse=True):
             snapshot = job.snapshots[id]
-            if job.record is not None and job.record.has_given_up(id):
+            if job.has_given_up(id):
                 continue
             if snapshot.state not in (State.SEALED, State.PROTECTED) or id not in (
                 nodes[name].holdings

@@ -154,11 +154,6 @@ class Job:
     """What `life` was granted to begin from."""
     granted_because: str = ""
 
-    @property
-    def keep(self) -> int:
-        """How many protected snapshots are kept."""
-        return self.record.keep if self.record is not None else 1
-
     attachments: dict[tuple[str, int], Attachment] = field(default_factory=dict)
     """By (round, rank)."""
     pending: PendingResume | None = None
@@ -180,10 +175,18 @@ class Job:
     tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))
     """The newest tickets and when they were issued, those that were dropped since included."""
     full_since: tuple[float, int] | None = None
-    """Since when, and since which step, some rank has no free slot although nothing is under way.
-    """
+    """Since when, and which step, some rank has no free slot although nothing is under way."""
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
+
+    @property
+    def keep(self) -> int:
+        """How many protected snapshots are kept."""
+        return self.record.keep if self.record is not None else 1
+
+    def has_given_up(self, id: SnapshotId) -> bool:
+        """Whether a rollback went back past `id`."""
+        return self.record is not None and self.record.has_given_up(id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,8 +179,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
     sizes = recovery.source(snapshot.manifest, holdings, {}).sizes
     partial = snapshot.state in (State.TICKETED, State.CAPTURING)
     again = _again(coordinator, snapshot)
-    record = coordinator.jobs[snapshot.id.job].record
-    given_up = record is not None and record.has_given_up(snapshot.id)
+    given_up = coordinator.jobs[snapshot.id.job].has_given_up(snapshot.id)
     return {
         "id": str(snapshot.id),
         "life": snapshot.id.life,
