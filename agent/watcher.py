@@ -10,22 +10,24 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from ckptd.agent import worker_client
 from ckptd.agent.flight_recorder import RecorderReader
 from ckptd.agent.timing_ring import TimingReader
-from ckptd.collectives import GroupInfo
+from ckptd.collectives import Collective, GroupInfo
 from ckptd.errors import CorruptData, Gone, ProtocolError
 from ckptd.ring import RingReader
 from ckptd.watching import (
     GROUPS_SUFFIX,
     INTRODUCTION_SUFFIX,
     PULSE_SUFFIX,
+    Gap,
     Introduction,
     Observed,
     Pulse,
@@ -168,7 +170,8 @@ class _Trainer:
         self._deliver, self._pace = deliver, pace
         self.view = TrainerView(introduction)
         self._groups: tuple[GroupInfo, ...] = ()
-        self._stamps: dict[str, int] = {}
+        self._told_groups: tuple[GroupInfo, ...] = ()
+        self._stamps: dict[str, tuple[int, int]] = {}
         self._recorder: RecorderReader | None = None
         self._ring: RingReader | None = None
         self._timing: TimingReader | None = None
@@ -208,25 +211,23 @@ class _Trainer:
         self.view.pulse = read_pulse(self._path(PULSE_SUFFIX))
         self.view.problems = tuple(sorted({*self.view.introduction.problems, *self._notes}))
 
-    def _new_groups(self) -> tuple[GroupInfo, ...]:
-        """All groups, if they have changed since they were last given."""
+    def _reread_groups(self) -> None:
         if not self._changed(GROUPS_SUFFIX):
-            return ()
+            return
         try:
             self._groups = read_groups(self._path(GROUPS_SUFFIX))
         except (OSError, CorruptData) as error:
             self._notes.add(f"process groups are not seen: {error}")
-            return ()
-        return self._groups
 
     def _path(self, suffix: str) -> Path:
         return self._base / (self._stem + suffix)
 
     def _changed(self, suffix: str) -> bool:
         try:
-            stamp = self._path(suffix).stat().st_mtime_ns
+            found = self._path(suffix).stat()
         except OSError:
             return False
+        stamp = found.st_ino, found.st_mtime_ns
         before, self._stamps[suffix] = self._stamps.get(suffix), stamp
         return before != stamp
 
@@ -238,31 +239,31 @@ class _Trainer:
 
     async def _read(self, dead: bool) -> None:
         now = time.time()
-        groups = self._new_groups()
+        self._reread_groups()
         observed = self._read_ring(now)
         if observed is None and not dead:
             observed = await self._ask_recorder(now)
         if observed is None:
             observed = self._observed("", now)
+        groups = self._groups if self._groups is not self._told_groups else ()
+        self._told_groups = self._groups
         if groups or observed.collectives or observed.gaps or observed.dropped:
             self._follow_open(observed)
-            self._deliver(
-                Observed(
-                    observed.job,
-                    observed.rank,
-                    observed.life,
-                    observed.source,
-                    observed.at,
-                    observed.collectives,
-                    observed.gaps,
-                    groups,
-                    observed.dropped,
-                )  # fmt: skip
-            )
+            self._deliver(msgspec.structs.replace(observed, groups=groups))
 
-    def _observed(self, source: str, at: float) -> Observed:
+    def _observed(
+        self,
+        source: str,
+        at: float,
+        found: Sequence[Collective] = (),
+        gaps: Sequence[Gap] = (),
+        dropped: int = 0,
+    ) -> Observed:
+        self.view.source = source or self.view.source
         told = self.view.introduction
-        return Observed(told.job, told.rank, told.life, source, at)
+        return Observed(
+            told.job, told.rank, told.life, source, at, tuple(found), tuple(gaps), (), dropped
+        )
 
     def _read_ring(self, now: float) -> Observed | None:
         """The timing source, where there is one."""
@@ -275,19 +276,14 @@ class _Trainer:
                 self._timing = TimingReader(told.rank, began_at(told.started_ticks))
             records, lost = self._ring.read()
             if any(record.group >= len(self._groups) for record in records):
-                self._stamps.pop(GROUPS_SUFFIX, None)
-                self._new_groups()
+                self._reread_groups()  # a group that was made a moment ago
         except (OSError, CorruptData) as error:
             self._notes.add(f"the timing records cannot be read: {error}")
             return None
         found, gaps, dropped = self._timing.take(records, self._groups, now)
         if lost:
             log.info("timing records lost", rank=told.rank, records=lost)
-        self.view.source = "timing"
-        blank = self._observed("timing", now)
-        return Observed(
-            blank.job, blank.rank, blank.life, "timing", now, tuple(found), tuple(gaps), (), dropped
-        )
+        return self._observed("timing", now, found, gaps, dropped)
 
     def _checked_ring(self) -> Path:
         """Only the file that this process would have made: the path comes from outside."""
@@ -318,13 +314,9 @@ class _Trainer:
             return None
         finally:
             self.view.answer_s = time.perf_counter() - began
-        self.view.silent_since, self.view.source = None, "recorder"
+        self.view.silent_since = None
         self._notes |= self._recorder.problems
-        blank = self._observed("recorder", now)
-        return Observed(
-            blank.job, blank.rank, blank.life, "recorder", now,
-            tuple(reading.collectives), tuple(reading.gaps), (), reading.dropped,
-        )  # fmt: skip
+        return self._observed("recorder", now, reading.collectives, reading.gaps, reading.dropped)
 
     # Pace.
 

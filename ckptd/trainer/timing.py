@@ -128,7 +128,7 @@ class Timing:
             return group
         with self._mutex:
             listed = self._shown.publish_groups()
-            for number, info in enumerate(listed):
+            for number, info in reversed(list(enumerate(listed))):
                 if info.group == name:
                     self._groups[name] = made = _Group(number, info.ranks, _seq_so_far(group_of))
                     return made

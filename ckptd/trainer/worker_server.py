@@ -47,6 +47,7 @@ from ckptd.watching import (
 )
 
 _PULSE_EVERY_S = 0.25
+_GROUPS_LIMIT = 4096
 _STACK_SIGNAL = signal.SIGRTMIN + 11
 """Hardly anybody's; taken only if nobody handles it."""
 _STACKS_SUFFIX = ".stacks"
@@ -66,6 +67,7 @@ class Shown:
         self._closing = threading.Event()
         self._pid = os.getpid()
         self._stacks: Any = None
+        self._groups: list[GroupInfo] = []
         self._mutex = threading.Lock()
         socket = config.agent or str(embedded.places().socket)
         self.directory = trainers_dir(socket)
@@ -113,11 +115,16 @@ class Shown:
         self.introduce()
 
     def publish_groups(self) -> list[GroupInfo]:
-        """Write down the process groups there are; returns them in the order of the file."""
-        groups = process_groups()
+        """Write down the process groups there are, or were; returns them as they are in the file.
+
+        A group keeps its place; one that is made anew under its name comes later.
+        """
         with self._mutex:
-            publish(self.path(GROUPS_SUFFIX), groups)
-        return groups
+            for info in process_groups():
+                if info not in self._groups and len(self._groups) < _GROUPS_LIMIT:
+                    self._groups.append(info)
+            publish(self.path(GROUPS_SUFFIX), self._groups)
+            return list(self._groups)
 
     def close(self) -> None:
         """Stop the server and take the files away. A forked child does nothing."""
