@@ -100,7 +100,7 @@ class RecorderReader:
         """
         try:
             dump = msgspec.json.decode(raw, type=_Dump)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise ProtocolError(f"the recorder's answer cannot be read: {error}") from error
         if len(dump.entries) > ENTRIES_LIMIT:
             raise ProtocolError(f"the recorder's answer has {len(dump.entries)} entries")
@@ -123,7 +123,7 @@ class RecorderReader:
         for place, raw in enumerate(raws):
             try:
                 entry = msgspec.json.decode(raw, type=_Entry)
-            except (msgspec.MsgspecError, RecursionError) as error:
+            except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                 reading.dropped += 1
                 self._note_missing(error)
                 continue

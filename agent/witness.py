@@ -18,7 +18,13 @@ import psutil
 
 from ckptd.agent import worker_client
 from ckptd.errors import Gone, ProtocolError
-from ckptd.watching import Introduction, started_ticks
+from ckptd.watching import (
+    PULSE_SUFFIX,
+    SOCKET_SUFFIX,
+    Introduction,
+    read_pulse,
+    started_ticks,
+)
 
 STACKS_LIMIT_BYTES = 256 << 10
 _STATES = {
@@ -33,6 +39,7 @@ _STATES = {
 }
 _THREADS_LIMIT = 512
 _SIGNAL_WAIT_S = 0.5
+_OLD_PULSE_S = 1.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _IDENTITY = re.compile(r"0x[0-9a-f]+|\d+\.\d+")
 
@@ -175,7 +182,13 @@ def _io(pid: int) -> tuple[int, int]:
 
 
 async def _stacks(told: Introduction, directory: Path, timeout_s: float) -> tuple[str, str]:
-    """Stacks, or why there are none: from the worker server, or else by the signal."""
+    """Stacks, or why there are none: from the worker server, or else by the signal.
+
+    The server's handler takes the interpreter lock (the signal's does not): if something holds it,
+    it is not asked, for each question would keep one of its few threads.
+    """
+    if _holds_lock(told, directory) and (text := await _stacks_by_signal(told, directory)):
+        return text, ""
     failure = "it has no worker server"
     if told.socket and "/" not in told.socket:
         try:
@@ -186,6 +199,12 @@ async def _stacks(told: Introduction, directory: Path, timeout_s: float) -> tupl
             failure = str(error)
     text = await _stacks_by_signal(told, directory)
     return (text, "") if text else ("", failure)
+
+
+def _holds_lock(told: Introduction, directory: Path) -> bool:
+    """Whether no Python thread of the process has run for a while."""
+    pulse = read_pulse(directory / told.socket.replace(SOCKET_SUFFIX, PULSE_SUFFIX))
+    return pulse is not None and pulse.at < time.time() - _OLD_PULSE_S
 
 
 async def _stacks_by_signal(told: Introduction, directory: Path) -> str:

@@ -142,7 +142,7 @@ def read_pulse(path: Path) -> Pulse | None:
         if zlib.crc32(body) != int.from_bytes(raw[:4], "little"):
             return None
         return msgspec.json.decode(body, type=Pulse)
-    except (OSError, msgspec.MsgspecError, RecursionError):
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return None
 
 
@@ -173,5 +173,5 @@ def _decode(path: Path, kind: type[_Kind]) -> _Kind:
         raise CorruptData(f"{path} is larger than {FILE_LIMIT_BYTES} bytes")
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CorruptData(f"{path} cannot be read: {error}") from error

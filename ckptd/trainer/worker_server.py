@@ -1,8 +1,9 @@
 """PyTorch's worker server in a trainer, and what else shows it to the agent of its node.
 
-The server (C++, in threads of its own) answers the agent even while the training thread holds
-Python's interpreter lock: with the Flight Recorder's entries, and with the stacks of all threads.
-A small Python thread publishes the process groups, which no recorder of gloo knows, and a pulse.
+The server (C++, in threads of its own) answers the agent with the Flight Recorder's entries even
+while something holds Python's interpreter lock. For stacks it takes that lock itself, so there is a
+signal, too, whose handler does not. A small Python thread publishes the process groups, which
+gloo's recorder does not know, and a pulse.
 
 None of it is needed to train: what cannot be had is a problem in the introduction, which status
 shows.

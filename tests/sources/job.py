@@ -66,6 +66,13 @@ def mixed(rank: Rank) -> None:
         time.sleep(0.02)
 
 
+def late(rank: Rank) -> None:
+    """Rank 1 comes last, each time."""
+    while not rank.agreed_over():
+        time.sleep(0.05 * rank.number)
+        dist.all_reduce(torch.ones(3))
+
+
 def falls_asleep(rank: Rank) -> None:
     while not rank.is_over():
         time.sleep(0.05)
@@ -93,6 +100,15 @@ def deadlock(rank: Rank) -> None:
     dist.all_reduce(torch.ones(3))
     if rank.number == 0:
         deadlocks_here()
+    dist.all_reduce(torch.ones(3))
+
+
+def computes(rank: Rank) -> None:
+    """Rank 0 evaluates, or the like, for long; the others wait for it."""
+    dist.all_reduce(torch.ones(3))
+    if rank.number == 0:
+        while not rank.is_over():
+            sum(range(1000))
     dist.all_reduce(torch.ones(3))
 
 
@@ -180,6 +196,8 @@ def run(mode: Callable[[Rank], None], rank: Rank) -> None:
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank.number), str(rank.ranks)
     config = watch_config()
     shown = worker_server.start(config)
+    if os.environ.get("CKPTD_TEST_NO_RING") and shown is not None:
+        shown.ring_path = lambda: Path("/nowhere/ring")  # type: ignore[method-assign]
     if shown is not None and config.timing:
         timing.start(shown)
     _init(rank, "store")
