@@ -85,6 +85,7 @@ class Timing:
         dist.Work.wait = self._wait  # type: ignore[method-assign]
         self._library._destroy()
         self._cuda.close()
+        self._shown.ring_path().unlink(missing_ok=True)
 
     def _kernel(self, target: Any, op: str) -> Callable[..., Any]:
         call = _Call(target._schema)

@@ -1,10 +1,16 @@
 """The second witness, and incident folders, of real jobs."""
 
+import asyncio
 import json
 import os
 import signal
+import time
+from pathlib import Path
 
 from ckptd.agent import incident, witness
+from ckptd.agent.diagnosis import Diagnosis
+
+from .watched import PACE
 
 
 def look(job, rank: int, apart_s: float = 0.5) -> tuple[witness.Sample, witness.Sample]:
@@ -92,3 +98,27 @@ def test_incident_folders_are_bounded_in_size_and_number(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == incident.FOLDERS
     assert folder.exists()
     assert folder.parent == tmp_path
+
+
+def test_an_agent_collects_an_incident_of_its_ranks_on_demand(job):
+    job = job("asleep", 2, watch=False)
+    told, forwarded = [], []
+    found = Diagnosis("n0", job.socket, forwarded.append, told.append, PACE)
+
+    async def wait_and_collect() -> Path:
+        watching = asyncio.create_task(found.run())
+        until = time.monotonic() + 60
+        while not any(r.seq == 6 for each in forwarded for r in each.collectives):
+            assert time.monotonic() < until
+            await asyncio.sleep(0.05)
+        folder = await found.collect("watched", "a test", 0.2)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        return folder
+
+    folder = asyncio.run(wait_and_collect())
+    report = json.loads((folder / "incident.json").read_text())
+    assert sorted(each["rank"] for each in report["ranks"]) == [0, 1]
+    assert "falls_asleep" in (folder / "rank1.stacks2.txt").read_text()
+    assert folder.parent == found.incidents
+    assert not told

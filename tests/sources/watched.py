@@ -28,11 +28,18 @@ class WatchedJob:
     """A job, and what the watcher has seen of it."""
 
     def __init__(
-        self, mode: str, ranks: int, directory: Path, *, pace: Pace = PACE, **environ: str
+        self,
+        mode: str,
+        ranks: int,
+        directory: Path,
+        *,
+        pace: Pace = PACE,
+        watch: bool = True,
+        **environ: str,
     ) -> None:
         directory.mkdir()
         self.ranks, self.directory = ranks, directory
-        socket = directory / "agent"
+        self.socket = socket = directory / "agent"
         self.observed: list[Observed] = []
         self.log = (directory / "log").open("wb")
         self.process = subprocess.Popen(
@@ -51,7 +58,8 @@ class WatchedJob:
         self.watcher = Watcher(trainers_dir(socket), self.observed.append, pace)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        if watch:
+            self._thread.start()
 
     def wait(self, what: str, look: Callable[[], _Found], deadline_s: float = DEADLINE_S) -> _Found:
         """Wait for something true; returns it."""
@@ -70,8 +78,9 @@ class WatchedJob:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE_S)
 
     def end(self) -> None:
-        self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(10.0)
+        if self._thread.ident is not None:
+            self._loop.call_soon_threadsafe(self._task.cancel)
+            self._thread.join(10.0)
         for rank in range(self.ranks):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 os.kill(self.said(rank)["pid"], signal.SIGKILL)
