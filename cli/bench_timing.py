@@ -32,7 +32,7 @@ _MODES = (PLAIN, RECORDER, TIMING)
 
 @click.command(cls=options.Command)
 @click.option("--ranks", type=click.IntRange(2), default=2, show_default=True, help="Processes.")
-@click.option("--width", type=click.IntRange(8), default=768, show_default=True, help="Of a layer.")
+@click.option("--width", type=click.IntRange(8), default=384, show_default=True, help="Of a layer.")
 @click.option("--layers", type=click.IntRange(1), default=8, show_default=True)
 @click.option(
     "--repeats",

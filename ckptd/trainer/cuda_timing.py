@@ -25,12 +25,6 @@ class CudaTimes:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def mark(self, tensors: Sequence[torch.Tensor]) -> torch.cuda.Event | None:
-        """An event before an operation on the current stream; None if it is none of CUDA's."""
-        if not tensors or not tensors[0].is_cuda or torch.cuda.is_current_stream_capturing():
-            return None
-        return _event()
-
     def follow(self, record: Record, start: torch.cuda.Event) -> None:
         """Called by the future of the operation, on a stream that waits for its end."""
         self._followed.append((record, start, _event()))
@@ -53,6 +47,11 @@ class CudaTimes:
                     waiting.append((record, start, end))
             self._followed.extendleft(reversed(waiting))
             time.sleep(_LOOK_EVERY_S)
+
+
+def mark(tensors: Sequence[torch.Tensor]) -> torch.cuda.Event | None:
+    """An event before an operation on the current stream; None if it is none of CUDA's."""
+    return _event() if tensors and tensors[0].is_cuda else None
 
 
 def _event() -> torch.cuda.Event:

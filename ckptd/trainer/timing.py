@@ -13,9 +13,11 @@ recv), the return of `wait()`. On CUDA it is an event on the stream, looked at b
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,7 +26,7 @@ import torch.distributed as dist
 
 from ckptd.config import ENV_TIMING
 from ckptd.ring import CAPACITY, OPS, Record, RingWriter
-from ckptd.trainer.cuda_timing import CudaTimes
+from ckptd.trainer.cuda_timing import CudaTimes, mark
 from ckptd.trainer.worker_server import Shown, dump_recorder
 
 _NAMES = {
@@ -61,12 +63,12 @@ class Timing:
         """Raises OSError if there is no place for the ring, RuntimeError for another PyTorch."""
         from torch._C import DispatchKey, _dispatch_keyset_full_after
 
-        self._shown = shown
+        self._shown, self._pid = shown, os.getpid()
         self._rest = _dispatch_keyset_full_after(DispatchKey.BackendSelect)
         self._ring = RingWriter(shown.ring_path(), capacity)
         self._mutex = threading.Lock()
         self._groups: dict[str, _Group] = {}
-        self._unwaited: dict[int, tuple[Any, Record, int]] = {}
+        self._unwaited: dict[int, tuple[Any, _Started]] = {}
         """Operations without a future, by the id of the work that is held here."""
         self._told = ""
         self._cuda = CudaTimes(self._ring.end)
@@ -92,17 +94,18 @@ class Timing:
         number = OPS.index(op)
 
         def timed(keys: Any, *arguments: Any) -> Any:
-            record = None
-            began = time.time_ns(), time.perf_counter_ns()
+            started = None
             try:
-                record = self._enter(call, number, arguments, began[0])
-                start = self._cuda.mark(call.tensors(arguments))
+                if os.getpid() == self._pid and not _is_capturing(call.tensors(arguments)):
+                    began_ns = time.time_ns(), time.perf_counter_ns()
+                    record = self._enter(call, number, arguments, began_ns[0])
+                    started = _Started(record, began_ns[1], mark(call.tensors(arguments)))
             except Exception as error:  # whatever it is, the operation itself goes on
                 self._tell(error)
             answer = target.redispatch(keys & self._rest, *arguments)
-            if record is not None:
+            if started is not None:
                 try:
-                    self._follow(record, answer, began[1], start)
+                    self._follow(started, answer, call)
                 except Exception as error:
                     self._tell(error)
             return answer
@@ -135,30 +138,35 @@ class Timing:
                     return made
         raise LookupError(f"process group {name!r} is not listed yet")
 
-    def _follow(self, record: Record, answer: Any, began_ns: int, start: Any) -> None:
+    def _follow(self, started: "_Started", answer: Any, call: "_Call") -> None:
         """Have the end of the operation written down when it comes."""
-        boxed = answer[-1] if isinstance(answer, tuple | list) and answer else answer
-        if not isinstance(boxed, torch.ScriptObject):  # it has blocked: a monitored barrier
-            self._ring.end(record, time.perf_counter_ns() - began_ns)
+        if call.blocks:
+            self._end(started)
+            return
+        boxed = answer[-1] if isinstance(answer, tuple | list) else answer
+        if boxed is None:  # part of a coalesced operation, whose end is seen there
             return
         work = dist.Work.unbox(boxed)
 
         def ended(_: Any) -> None:
-            if start is not None:
-                self._cuda.follow(record, start)
+            if started.event is not None:
+                self._cuda.follow(started.record, started.event)
             else:
-                self._ring.end(record, time.perf_counter_ns() - began_ns)
+                self._end(started)
 
         try:
             work.get_future().add_done_callback(ended)
         except RuntimeError:
             with self._mutex:
-                self._unwaited[id(work)] = (work, record, began_ns)
+                self._unwaited[id(work)] = (work, started)
                 if len(self._unwaited) > _UNWAITED_LIMIT:
                     del self._unwaited[next(iter(self._unwaited))]
 
+    def _end(self, started: "_Started") -> None:
+        self._ring.end(started.record, time.perf_counter_ns() - started.began_ns)
+
     def _waiting(self) -> Callable[..., bool]:
-        original, unwaited, mutex, ring = self._wait, self._unwaited, self._mutex, self._ring
+        original, unwaited, mutex = self._wait, self._unwaited, self._mutex
 
         def wait(work: Any, *arguments: Any, **named: Any) -> bool:
             done: bool = original(work, *arguments, **named)
@@ -166,7 +174,7 @@ class Timing:
                 with mutex:
                     found = unwaited.pop(id(work), None)
                 if found is not None:
-                    ring.end(found[1], time.perf_counter_ns() - found[2])
+                    self._end(found[1])
             return done
 
         return wait
@@ -175,6 +183,16 @@ class Timing:
         if str(error) != self._told:
             self._told = str(error)
             log.info("ckptd: a collective was not timed: %s", error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """An operation that is under way."""
+
+    record: Record
+    began_ns: int
+    """On the clock that only goes forward."""
+    event: torch.cuda.Event | None
 
 
 class _Call:
@@ -188,6 +206,8 @@ class _Call:
         if "src" in names:
             self._peer = names.index("src")
         self.is_p2p = "tag" in names
+        self.blocks = not schema.returns
+        """Whether it is over when it returns: a monitored barrier."""
         inputs = ("tensors", "input_tensors", "input", "input_tensor", "inputs", "tensor")
         self._tensors = next((names.index(name) for name in inputs if name in names), -1)
 
@@ -232,6 +252,11 @@ class _Group:
         with self._mutex:
             self._pairs[sends, peer] = seq = self._pairs.get((sends, peer), 0) + 1
             return seq
+
+
+def _is_capturing(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether this goes into a CUDA graph, to run later, unseen."""
+    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _seq_so_far(group_of: Any) -> int:

@@ -246,14 +246,14 @@ def process_groups() -> list[GroupInfo]:
     ]
 
 
-def dump_recorder(entries: bool) -> str:
+def dump_recorder(entries: bool) -> bytes:
     """What the Flight Recorder of this process holds, as JSON; without `entries` in microseconds.
 
     Raises ImportError or AttributeError where PyTorch has none.
     """
     from torch._C import _distributed_c10d as c10d
 
-    dumped: str = c10d._dump_fr_trace_json(entries, False)  # type: ignore[attr-defined] # no stub
+    dumped: bytes = c10d._dump_fr_trace_json(entries, False)  # type: ignore[attr-defined] # no stub
     return dumped
 
 

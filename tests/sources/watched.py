@@ -83,7 +83,10 @@ class WatchedJob:
             self._thread.join(10.0)
         for rank in range(self.ranks):
             with contextlib.suppress(OSError, ValueError, KeyError):
-                os.kill(self.said(rank)["pid"], signal.SIGKILL)
+                pid = self.said(rank)["pid"]
+                os.kill(pid, signal.SIGKILL)
+                for ring in Path("/dev/shm").glob(f"ckptd-{os.getuid()}-{pid}-*.ring"):
+                    ring.unlink()
         self.process.kill()
         self.process.wait()
         self.log.close()
