@@ -117,6 +117,7 @@ class _Ranks:
 
 async def _measure(ranks: int, width: int, layers: int, repeats: int, steps: int) -> dict[str, Any]:
     medians: dict[str, dict[int, float]] = {mode: {} for mode in _MODES}
+    cpu_s: dict[str, dict[int, float]] = {mode: {} for mode in _MODES}
     records: list[Observed] = []
     collectives = 0.0
     with tempfile.TemporaryDirectory(prefix="ckptd-bench-") as folder:
@@ -127,6 +128,7 @@ async def _measure(ranks: int, width: int, layers: int, repeats: int, steps: int
                 for mode in order_of_turn(_MODES, turn):
                     told = await _block(job, mode, steps, Path(folder), records)
                     medians[mode][turn] = statistics.median(told["steps_s"])
+                    cpu_s[mode][turn] = told["cpu_s"]
                     collectives = told["collectives"]
         finally:
             job.close()
@@ -138,19 +140,25 @@ async def _measure(ranks: int, width: int, layers: int, repeats: int, steps: int
         "repeats": repeats,
         "steps": steps,
         "collectives_per_step": collectives,
-        "sources": {mode: _outcome(mode, medians, records) for mode in _MODES},
+        "sources": {mode: _outcome(mode, medians, cpu_s, records) for mode in _MODES},
     }
 
 
 def _outcome(
-    mode: str, medians: dict[str, dict[int, float]], records: list[Observed]
+    mode: str,
+    medians: dict[str, dict[int, float]],
+    cpu_s: dict[str, dict[int, float]],
+    records: list[Observed],
 ) -> dict[str, Any]:
     ratio = paired(medians[mode], medians[PLAIN])
+    cpu_ratio = paired(cpu_s[mode], cpu_s[PLAIN])
     seen = [record for each in records if each.source == mode for record in each.collectives]
     timed = [record for record in seen if record.ended and record.duration_s is not None]
     return {
         "step_s": asdict(Spread.of(list(medians[mode].values()))),
         "ratio": asdict(ratio) if ratio is not None else None,
+        "cpu_s": asdict(Spread.of(list(cpu_s[mode].values()))),
+        "cpu_ratio": asdict(cpu_ratio) if cpu_ratio is not None else None,
         "records": len(seen),
         "timed": len(timed),
     }
@@ -180,19 +188,22 @@ def _table(report: dict[str, Any]) -> Table:
         title_justify="left",
     )
     table.add_column("source")
-    for head in ("step, ms", "to unwatched", "records", "with durations"):
+    for head in ("step, ms", "to unwatched", "processor time, to unwatched", "records", "timed"):
         table.add_column(head, justify="right")
     for mode, found in report["sources"].items():
-        step, ratio = Spread(**found["step_s"]), found["ratio"]
+        step = Spread(**found["step_s"])
         table.add_row(
             mode,
             f"{step.median * 1e3:.1f} ({step.low * 1e3:.1f} to {step.high * 1e3:.1f})",
-            _three(Spread(**ratio)) if ratio is not None and mode != PLAIN else "1",
+            *(_three(mode, found[name]) for name in ("ratio", "cpu_ratio")),
             str(found["records"]),
             str(found["timed"]),
         )
     return table
 
 
-def _three(spread: Spread) -> str:
+def _three(mode: str, ratio: dict[str, float] | None) -> str:
+    if ratio is None or mode == PLAIN:
+        return "1"
+    spread = Spread(**ratio)
     return f"{spread.median:.3f} ({spread.low:.3f} to {spread.high:.3f})"

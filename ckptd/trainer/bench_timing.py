@@ -8,7 +8,7 @@ two blocks is the source.
 import json
 import sys
 from collections.abc import Sequence
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -88,12 +88,14 @@ def _block(
         shown.introduce(ring=str(shown.ring_path()))
     training.step_s()
     before = _collectives()
+    cpu_s = process_time()
     taken = [training.step_s() for _ in range(steps)]
+    cpu_s = process_time() - cpu_s
     after = _collectives()
     if timing is not None:
         timing.stop()
         shown.introduce(ring="")
-    return {"steps_s": taken, "collectives": (after - before) / steps}
+    return {"steps_s": taken, "cpu_s": cpu_s / steps, "collectives": (after - before) / steps}
 
 
 def _collectives() -> int:
