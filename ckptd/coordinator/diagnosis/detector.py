@@ -1,7 +1,7 @@
 """Who is slow, who hangs: the decider that is fed with sketches. No IO, clock or randomness."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,6 +109,14 @@ class Detector:
         if not any(finding.kind.is_hang for finding in self.open.values()):
             news += self._end_window(now)
         return news
+
+    def narrowed(self, finding: Finding, ranks: Sequence[int]) -> Finding:
+        """A finding whose culprits the second witness has narrowed down to `ranks`."""
+        if not ranks or set(ranks) == set(finding.culprit.ranks):
+            return finding
+        culprit = explain.culprit_of(self.table, np.array(sorted(ranks)), self.thresholds)
+        sentence = f"{finding.sentence}; by the second witness it is {culprit}"
+        return replace(finding, culprit=culprit, sentence=sentence)
 
     def _hangs(self, now: float) -> dict[str, Finding]:
         timeout_s = self.hang_timeout_s

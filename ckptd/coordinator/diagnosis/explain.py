@@ -25,7 +25,7 @@ def stall(table: Table, found: Stall, timeout_s: float, limits: Thresholds, now:
         return _root_stall(table, found, timeout_s, limits, now)
     if len(found.silent_groups):
         return _silent_stall(table, found, timeout_s, limits, now)
-    culprit = _ranks_or_node(table, found.circle, limits)
+    culprit = culprit_of(table, found.circle, limits)
     sentence = (
         f"ranks wait for one another in a circle: {culprit} stopped first; either it hangs, or "
         "the program calls its collectives in different orders"
@@ -37,7 +37,7 @@ def stall(table: Table, found: Stall, timeout_s: float, limits: Thresholds, now:
 def _root_stall(
     table: Table, found: Stall, timeout_s: float, limits: Thresholds, now: float
 ) -> Finding:
-    culprit = _ranks_or_node(table, found.roots, limits)
+    culprit = culprit_of(table, found.roots, limits)
     where = _group_words(table, found.group)
     sentence = (
         f"{culprit} has not entered operation {found.seq} of {where} for "
@@ -93,7 +93,7 @@ def _hang(
             "waiting": len(found.waiting),
             "stuck_groups": len(found.silent_groups),
         },
-        suspects=culprit.ranks[:SUSPECTS_MAX],
+        suspects=_stopped_first(table, culprit.ranks),
         victims=len(np.setdiff1d(found.waiting, culprit.ranks)),
     )
 
@@ -134,7 +134,7 @@ def _slow_ranks(
 ) -> dict[str, Finding]:
     findings = {}
     for ranks in _by_culprit(table, verdicts.ranks, limits):
-        culprit = _ranks_or_node(table, np.array(ranks), limits)
+        culprit = culprit_of(table, np.array(ranks), limits)
         strength = max(verdicts.ranks[rank] for rank in ranks)
         share = max(float(verdicts.excess[rank]) for rank in ranks)
         findings[f"slow {culprit}"] = Finding(
@@ -221,7 +221,7 @@ def _slow_job(verdicts: Verdicts, now: float, since: float) -> Finding:
     )
 
 
-def _ranks_or_node(table: Table, ranks: Ints, limits: Thresholds) -> Culprit:
+def culprit_of(table: Table, ranks: Ints, limits: Thresholds) -> Culprit:
     """One rank, a node if that explains them all, or the ranks."""
     numbers = tuple(int(rank) for rank in ranks)
     nodes = table.node_names(ranks)
@@ -230,6 +230,12 @@ def _ranks_or_node(table: Table, ranks: Ints, limits: Thresholds) -> Culprit:
     if len(nodes) == 1 and _is_node(table, int(table.rank_node[numbers[0]]), len(numbers), limits):
         return Culprit(Scope.NODE, numbers, nodes)
     return Culprit(Scope.RANKS, numbers, nodes)
+
+
+def _stopped_first(table: Table, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """As many suspects as are looked at, those that stopped first before others."""
+    order = sorted(ranks, key=lambda rank: float(table.rank_progress_at[rank]))
+    return tuple(order[:SUSPECTS_MAX])
 
 
 def _is_node(table: Table, node: int, ranks: int, limits: Thresholds) -> bool:

@@ -81,7 +81,7 @@ class Finding:
     """Ranks that wait, directly or not, for the culprit."""
 
 
-SUSPECTS_MAX = 16
+SUSPECTS_MAX = 64
 _LISTED_MAX = 6
 
 

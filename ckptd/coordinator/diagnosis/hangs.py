@@ -97,7 +97,8 @@ class _View:
     def silent_groups(self) -> Ints:
         """Groups that all have entered, and that their ranks wait in before any other."""
         starts = self.table.starts
-        complete = np.logical_and.reduceat(self.heard & ~self.absent, starts) & self.is_stuck
+        stays = self.heard & self.silent & ~self.absent
+        complete: Bools = np.logical_and.reduceat(stays, starts) & self.is_stuck
         if not complete.any():
             return np.zeros(0, np.int64)
         # On a GPU the processor runs ahead: a rank is entered in several groups, and what was
@@ -106,7 +107,8 @@ class _View:
         earliest = np.full(len(self.table.rank_node), np.inf)
         np.fmin.at(earliest, self.rank[self.waits], pending_at[self.waits])
         is_later = self.waits & (pending_at > earliest[self.rank])
-        return np.flatnonzero(complete & ~np.logical_or.reduceat(is_later, starts))
+        is_victim: Bools = np.logical_or.reduceat(is_later, starts)
+        return np.flatnonzero(complete & ~is_victim)
 
     def oldest(self, groups: Ints) -> int:
         """The one of `groups` that has been without progress for longest."""
@@ -153,4 +155,5 @@ def all_idle(table: Table, idle_s: float, stale_s: float, now: float) -> bool:
     if not len(ranks) or bool((table.entered[used] > table.ended[used])[known].any()):
         return False
     heard = now - table.node_heard_at[table.rank_node[ranks]] < stale_s
-    return bool(heard.all() and (now - table.rank_progress_at[ranks] > idle_s).all())
+    silent_s = now - table.rank_progress_at[ranks]
+    return bool(heard.all() and np.isfinite(silent_s).all() and (silent_s > idle_s).all())

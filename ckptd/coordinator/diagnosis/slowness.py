@@ -104,8 +104,7 @@ class History:
         self._deviations.append(usual[::stride])
 
     def _deviation(self) -> float:
-        known = [values for values in self._deviations if len(values)]
-        return _MAD * float(np.median(np.concatenate(known))) if known else 0.0
+        return _deviation(self._deviations)
 
     def _judge_transfers(
         self, window: Window
@@ -170,15 +169,14 @@ class Baselines:
         place = self._seen[rows] % limits.slow_windows
         self._recent[rows, place] = ratio
         steady = np.median(self._recent[rows], axis=1)  # NaN until there are enough
-        noise = np.concatenate(self._noise) if self._noise else np.zeros(1)
-        deviation = _MAD * float(np.median(np.abs(noise)))
-        needed = np.full(len(rows), max(limits.transfer_ratio - 1, 6 * deviation))
+        noise = limits.slow_deviations * _deviation(self._noise)
+        needed = np.full(len(rows), max(limits.transfer_ratio - 1, noise))
         needed[self._slow[rows]] *= limits.slow_over
         with np.errstate(invalid="ignore"):
             is_slow: Bools = steady - 1 > needed
         is_slow &= values - self._base[rows] > resolution
         self._slow[rows] = is_slow
-        usual = ratio[~is_slow & ~np.isnan(ratio)] - 1
+        usual = np.abs(ratio[~is_slow & ~np.isnan(ratio)] - 1)
         self._noise.append(usual[:: max(1, len(usual) // _RANKS_KEPT)])
         self._follow(rows[~is_slow], values[~is_slow])
         return steady, self._base[rows], is_slow
@@ -222,6 +220,12 @@ class Baselines:
                 made[:] = np.nan
             made[: len(old)] = old
             setattr(self, name, made)
+
+
+def _deviation(kept: deque[Floats]) -> float:
+    """A robust standard deviation, from absolute deviations of several windows."""
+    known = [values for values in kept if len(values)]
+    return _MAD * float(np.median(np.concatenate(known))) if known else 0.0
 
 
 def _median(windows: list[Floats]) -> Floats:

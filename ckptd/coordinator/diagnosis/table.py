@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptd.collectives import MEETING, SYMMETRIC
+from ckptd.collectives import MEETING
 from ckptd.errors import ProtocolError
 from ckptd.sketches import Part, Sketch
 
@@ -177,10 +177,6 @@ class Table:
             self.kinds.append(kind)
         return number
 
-    def kind_is(self, ops: frozenset[str]) -> Bools:
-        """For each kind whether its operation is one of `ops`."""
-        return np.array([op in ops for op, _ in self.kinds] or [False], np.bool_)
-
     @property
     def error_s(self) -> float:
         """How far off times of different nodes may be."""
@@ -188,11 +184,8 @@ class Table:
 
     @property
     def meeting(self) -> Bools:
-        return self.kind_is(MEETING)
-
-    @property
-    def symmetric(self) -> Bools:
-        return self.kind_is(SYMMETRIC)
+        """For each kind whether its operation makes early ranks wait for late ones."""
+        return np.array([op in MEETING for op, _ in self.kinds] or [False], np.bool_)
 
     def _lay_out(self, node: str, layout: int, parts: tuple[Part, ...]) -> None:
         index = self._node_index.setdefault(node, len(self.nodes))
@@ -253,7 +246,8 @@ class Table:
     def ranks_of(self, group: int) -> Ints:
         """The ranks of a group that are known."""
         ranks = self.rank[self.slots_of(group)]
-        return ranks[ranks != _NO_RANK]
+        known: Ints = ranks[ranks != _NO_RANK]
+        return known
 
     def node_name(self, rank: int) -> str:
         return self.nodes[int(self.rank_node[rank])]

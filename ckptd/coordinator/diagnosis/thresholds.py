@@ -20,7 +20,7 @@ class Thresholds:
     than twice the usual silence of nodes."""
     gap_windows: int = 64
     """Windows over which a silence is remembered as usual."""
-    gap_quantile: float = 0.95
+    gap_quantile: float = 0.9
     """Silences longer than this share of windows had are not usual."""
 
     window_min_s: float = 2.0

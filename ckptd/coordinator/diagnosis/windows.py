@@ -47,14 +47,14 @@ class Meter:
         self.position: Ints = np.zeros(0, np.int64)
         """Of each rank: the group of those in its place of pipeline and tensor; -1 for none."""
         self.began_at = 0.0
-        self._entered: Ints = np.zeros(0, np.int64)
+        self._ended: Ints = np.zeros(0, np.int64)
         self._waited_s: Floats = np.zeros(0)
         self._row_seq_used: Ints = np.zeros(0, np.int64)
 
     def begin(self, table: Table, now: float) -> None:
         """A window begins."""
         self.began_at = now
-        self._entered = table.entered[: table.used].copy()
+        self._ended = table.ended[: table.used].copy()
         self._waited_s = table.waited_s[: table.used].copy()
         if self._version != table.version:
             self._version = table.version
@@ -66,7 +66,7 @@ class Meter:
         """Whether the groups that are compared have had enough operations."""
         if self._version != table.version:
             return True  # what there is cannot be compared: read it off and begin anew
-        advanced = np.minimum.reduceat(table.entered[: table.used] - self._entered, table.starts)
+        advanced = np.minimum.reduceat(table.ended[: table.used] - self._ended, table.starts)
         compared = np.unique(self.position[self.position >= 0])
         if not len(compared):
             compared = np.flatnonzero(advanced > 0)
@@ -78,7 +78,7 @@ class Meter:
         if self._version != table.version or seconds <= 0 or not table.used:
             return None
         starts, group = table.starts, table.group[: table.used]
-        advanced = table.entered[: table.used] - self._entered
+        advanced = table.ended[: table.used] - self._ended
         pace = np.minimum.reduceat(advanced, starts) / seconds
         complete = self._complete_rows(table)
         wait_s, transfer_s = _waits_and_transfers(table, complete)
