@@ -261,15 +261,13 @@ class Job:
         self.clock = np.moveaxis(np.broadcast_to(end, enter.shape), 1, 0).copy()
 
     def _pass(self, stream: Stream, source: int, destination: int) -> None:
-        """The sender does not wait; the receiver does."""
+        """The sender goes on, and the operation ends on both when all has arrived."""
         sent, wants = self.clock[source].copy(), self.clock[destination].copy()
         nodes = stream.ranks // self.shape.ranks_per_node
         transfer_s = self._transfer(nodes, 0, np.maximum(sent, wants)[None])[0]
-        arrived = np.maximum(sent + transfer_s, wants)
-        arrived = np.where(np.isfinite(transfer_s), arrived, NEVER)
-        sent_at = sent + 0.1 * self.transfer_s
-        self.clock[source], self.clock[destination] = sent_at, arrived
-        self._record(stream, np.stack([sent, wants]), np.stack([sent_at, arrived]), None)
+        arrived = np.maximum(sent, wants) + transfer_s
+        self.clock[destination] = arrived
+        self._record(stream, np.stack([sent, wants]), np.stack([arrived, arrived]), None)
 
     def _transfer(self, nodes: Array, axis: int | None, start: Array) -> Array:
         """How long the transfers of each group take; infinity over what is broken."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ckptd.coordinator.diagnosis import explain
-from ckptd.coordinator.diagnosis.finding import Finding
+from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
 from ckptd.coordinator.diagnosis.slowness import History
 from ckptd.coordinator.diagnosis.table import Table
@@ -142,7 +142,12 @@ class Detector:
         self._windows += 1
         self._remember_gaps(counts=self._windows > limits.warmup_windows)
         verdicts = self._history.add(window)
-        found = explain.slow(self.table, verdicts, limits, now, since)
+        blamed = {
+            finding.culprit.nodes[0]
+            for finding in self.open.values()
+            if finding.culprit.scope is Scope.NODE and finding.kind is Kind.NON_COMMUNICATION_SLOW
+        }
+        found = explain.slow(self.table, verdicts, limits, now, since, blamed)
         return self._update(found, now, lambda finding: not finding.kind.is_hang)
 
     def _remember_gaps(self, counts: bool = True) -> None:
@@ -162,7 +167,7 @@ class Detector:
                 self._numbers += 1
                 self.open[key] = replace(finding, number=self._numbers)
                 news.append(self.open[key])
-            elif old.culprit != finding.culprit or old.kind != finding.kind:
+            elif _names(old) != _names(finding):
                 self.open[key] = replace(finding, number=old.number, since=old.since)
                 news.append(self.open[key])
             else:
@@ -182,3 +187,10 @@ class Detector:
         self.table.rank_progress_at[:] = np.fmax(self.table.rank_progress_at, now)
         self.table.longest_gap_s = 0.0
         self._began = False
+
+
+def _names(finding: Finding) -> tuple[object, ...]:
+    """What makes a finding another one for whoever reads it."""
+    culprit = finding.culprit
+    is_node = culprit.scope is Scope.NODE
+    return finding.kind, culprit.scope, culprit.nodes, () if is_node else culprit.ranks

@@ -1,5 +1,7 @@
 """From what the rules have found to findings: who is named, how surely, in what words."""
 
+from collections.abc import Collection
+
 import numpy as np
 
 from ckptd.coordinator.diagnosis.finding import (
@@ -118,10 +120,15 @@ def idle(table: Table, idle_s: float, now: float) -> Finding:
 
 
 def slow(
-    table: Table, verdicts: Verdicts, limits: Thresholds, now: float, since: float
+    table: Table,
+    verdicts: Verdicts,
+    limits: Thresholds,
+    now: float,
+    since: float,
+    blamed: Collection[str] = (),
 ) -> dict[str, Finding]:
-    """Findings of slowness, by what they are about."""
-    findings = _slow_ranks(table, verdicts, limits, now, since)
+    """Findings of slowness, by what they are about. `blamed`: nodes that findings are open on."""
+    findings = _slow_ranks(table, verdicts, limits, now, since, blamed)
     if verdicts.groups:
         findings["communication"] = _slow_transfers(table, verdicts, limits, now, since)
     if verdicts.job > 1 and not findings:
@@ -130,13 +137,17 @@ def slow(
 
 
 def _slow_ranks(
-    table: Table, verdicts: Verdicts, limits: Thresholds, now: float, since: float
+    table: Table,
+    verdicts: Verdicts,
+    limits: Thresholds,
+    now: float,
+    since: float,
+    blamed: Collection[str],
 ) -> dict[str, Finding]:
     findings = {}
-    for ranks in _by_culprit(table, verdicts.ranks, limits):
-        culprit = culprit_of(table, np.array(ranks), limits)
-        strength = max(verdicts.ranks[rank] for rank in ranks)
-        share = max(float(verdicts.excess[rank]) for rank in ranks)
+    for culprit in _culprits(table, verdicts.ranks, limits, blamed):
+        strength = max(verdicts.ranks[rank] for rank in culprit.ranks)
+        share = max(float(verdicts.excess[rank]) for rank in culprit.ranks)
         findings[f"slow {culprit}"] = Finding(
             number=0,
             kind=Kind.NON_COMMUNICATION_SLOW,
@@ -158,18 +169,21 @@ def _slow_ranks(
     return findings
 
 
-def _by_culprit(table: Table, slow_ranks: dict[int, float], limits: Thresholds) -> list[list[int]]:
-    """Slow ranks of one node together where the node is to blame, others each alone."""
+def _culprits(
+    table: Table, slow_ranks: Collection[int], limits: Thresholds, blamed: Collection[str]
+) -> list[Culprit]:
+    """Nodes where they are to blame, or were and still have a slow rank; else ranks, each alone."""
     by_node: dict[int, list[int]] = {}
     for rank in sorted(slow_ranks):
         by_node.setdefault(int(table.rank_node[rank]), []).append(rank)
-    together: list[list[int]] = []
+    culprits: list[Culprit] = []
     for node, ranks in by_node.items():
-        if _is_node(table, node, len(ranks), limits):
-            together.append(ranks)
+        name = table.nodes[node]
+        if name in blamed or _is_node(table, node, len(ranks), limits):
+            culprits.append(Culprit(Scope.NODE, tuple(ranks), (name,)))
         else:
-            together.extend([rank] for rank in ranks)
-    return together
+            culprits.extend(Culprit(Scope.RANK, (rank,), (name,)) for rank in ranks)
+    return culprits
 
 
 def _slow_transfers(

@@ -144,7 +144,8 @@ class _View:
 def _stopped_first(table: Table, circle: Ints) -> Ints:
     """Of ranks that wait for one another those that stopped before the others did."""
     at = table.rank_progress_at[circle]
-    return circle[at == at.min()]
+    first: Ints = circle[at == at.min()]
+    return first
 
 
 def all_idle(table: Table, idle_s: float, stale_s: float, now: float) -> bool:

@@ -21,7 +21,7 @@ class MatrixLimits:
     """When a transfer counts as slow."""
 
     ratio: float = 2.0
-    """Times the median delay of all pairs."""
+    """Times the usual delay: the median of the lower half of all pairs."""
     deviations: float = 5.0
     """And so many robust standard deviations of the logarithms of all delays."""
     share: float = 0.7
@@ -46,7 +46,7 @@ class Hot:
     what: str
     """"sends slowly", "receives slowly", "sends and receives slowly", or "is slow"."""
     ratio: float
-    """Median delay of its pairs, in medians of all pairs."""
+    """Median delay of its pairs, in usual delays."""
     pairs: int
     """How many were measured."""
 
@@ -91,10 +91,12 @@ class DelayMatrix:
         }
         if len(delays) < 3:
             return []
-        usual = median(delays.values())
+        # Nothing is faster than usual, and of few nodes one makes half of all pairs hot: so the
+        # lower half tells what is usual.
+        lower = sorted(delays.values())[: (len(delays) + 1) // 2]
+        usual = median(lower)
         ratios = {pair: delay / usual for pair, delay in delays.items()}
-        logs = [log(ratio) for ratio in ratios.values()]
-        deviation = 1.4826 * median(abs(value) for value in logs)
+        deviation = 1.4826 * median(abs(log(delay / usual)) for delay in lower)
         needed = max(log(self.limits.ratio), self.limits.deviations * deviation)
         hot_pairs = {pair for pair, ratio in ratios.items() if log(ratio) > needed}
         return sorted(self._explain(hot_pairs, ratios), key=lambda hot: -hot.ratio)

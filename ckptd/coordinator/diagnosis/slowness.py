@@ -7,7 +7,7 @@ import numpy as np
 
 from ckptd.coordinator.diagnosis.table import Bools, Floats, Ints
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
-from ckptd.coordinator.diagnosis.windows import Window
+from ckptd.coordinator.diagnosis.windows import KINDS_MAX, Window
 
 _MAD = 1.4826
 """Median absolute deviation to standard deviation, for normal noise."""
@@ -46,9 +46,12 @@ class History:
         self._deviations: deque[Floats] = deque(maxlen=thresholds.history_windows)
         self._errors: deque[float] = deque(maxlen=thresholds.slow_windows)
         self._slow_ranks: set[int] = set()
+        self._hint = 0.0
+        """How strongly any rank stands out; below 1 not enough to be named."""
+        self._job_is_slow = False
         self._transfers = Baselines(thresholds)
         self._paces = Baselines(thresholds)
-        self._slow_paces: deque[float] = deque(maxlen=thresholds.slow_windows)
+        self._slow_paces: deque[float] = deque(maxlen=thresholds.slow_windows + 2)
         self._usual_paces: deque[float] = deque(maxlen=thresholds.history_windows)
 
     @property
@@ -64,7 +67,8 @@ class History:
             return Verdicts()
         ranks, excess, deviation = self._judge_ranks(window)
         groups, healthy, slowest = self._judge_transfers(window)
-        pace, job = self._judge_pace(window, bool(ranks or groups))
+        is_explained = bool(groups) or self._hint > self._limits.slow_over
+        pace, job = self._judge_pace(window, is_explained)
         if self.is_learning:
             return Verdicts()
         return Verdicts(ranks, excess, deviation, groups, healthy, slowest, pace, job)
@@ -88,6 +92,10 @@ class History:
             strength = np.fmax(strength, trimmed.mean(axis=0) / max(least, steady))
         if len(recent) < limits.slow_windows or self.is_learning:
             strength = np.zeros(len(latest))
+        self._hint = _largest(strength)
+        # In synchronous training the slowest sets the pace: what its victims seem to lack is an
+        # error of measurement that grows with it, and lesser stragglers cost nothing.
+        strength = np.where(latest < limits.slow_next * _largest(latest), 0.0, strength)
         bars = np.ones(len(strength))
         bars[[rank for rank in self._slow_ranks if rank < len(bars)]] = limits.slow_over
         slow = np.flatnonzero(strength > bars)
@@ -112,15 +120,19 @@ class History:
         keys = window.transfer_key
         if not len(keys):
             return {}, np.zeros(0, np.int64), (0, 0.0, 0.0)
-        ratio, base, is_slow = self._transfers.compare(keys, window.transfer_s, window.resolution_s)
-        slow, group = np.flatnonzero(is_slow), keys >> 20
+        group = keys // KINDS_MAX
+        # What costs hardly any time is not worth a finding, and what is not resolved proves none.
+        least = self._limits.transfer_share / np.maximum(window.pace[group], 1e-9)
+        least = np.maximum(least, window.resolution_s)
+        ratio, base, is_slow = self._transfers.compare(keys, window.transfer_s, least)
+        slow = np.flatnonzero(is_slow)
         groups = {int(group[i]): float(ratio[i]) for i in slow[np.argsort(ratio[slow])]}
         timed = np.unique(group)
         healthy = timed[~np.isin(timed, list(groups))]
         if not len(slow):
             return {}, healthy, (0, 0.0, 0.0)
         worst = int(slow[np.argmax(ratio[slow])])
-        kind = int(keys[worst]) & ((1 << 20) - 1)
+        kind = int(keys[worst]) % KINDS_MAX
         return groups, healthy, (kind, float(window.transfer_s[worst]), float(base[worst]))
 
     def _judge_pace(self, window: Window, is_explained: bool) -> tuple[float, float]:
@@ -132,17 +144,23 @@ class History:
         ratio = self._paces.ratio(groups, 1.0 / window.pace[groups])
         now = float(np.median(ratio)) if len(ratio) else 1.0
         self._slow_paces.append(now)
-        pace = float(np.median(self._slow_paces))
+        # A rank or transfer that explains it needs some windows to be found: so be slower here.
+        steady = np.median(self._slow_paces) if self._job_is_slow else min(self._slow_paces)
+        pace = float(steady)
         usual = np.abs(np.log(self._usual_paces)) if self._usual_paces else np.zeros(1)
         needed = max(
             np.log(limits.pace_ratio), limits.slow_deviations * _MAD * float(np.median(usual))
         )
-        is_full = len(self._slow_paces) == limits.slow_windows
+        is_full = len(self._slow_paces) == self._slow_paces.maxlen
         strength = float(np.log(pace) / needed) if is_full else 0.0
-        if strength < limits.slow_over:
+        if np.log(now) < limits.slow_over * needed:
             self._usual_paces.append(now)
             self._paces.follow(groups, 1.0 / window.pace[groups])
-        return pace, 0.0 if is_explained else strength
+        if self._job_is_slow:
+            strength /= limits.slow_over
+        strength = 0.0 if is_explained else strength
+        self._job_is_slow = strength > 1
+        return pace, strength
 
 
 class Baselines:
@@ -154,19 +172,20 @@ class Baselines:
         self._index: dict[int, int] = {}
         self._first: Floats = np.full((64, thresholds.learning_windows), np.nan)
         self._seen: Ints = np.zeros(64, np.int64)
+        self._compared: Ints = np.zeros(64, np.int64)
         self._base: Floats = np.full(64, np.nan)
         self._recent: Floats = np.full((64, thresholds.slow_windows), np.nan)
         self._noise: deque[Floats] = deque(maxlen=thresholds.history_windows)
         self._slow: Bools = np.zeros(64, np.bool_)
 
-    def compare(
-        self, keys: Ints, values: Floats, resolution: float
-    ) -> tuple[Floats, Floats, Bools]:
-        """Ratio to the baseline in the median of the last windows, the baseline, and is it slow."""
+    def compare(self, keys: Ints, values: Floats, least: Floats) -> tuple[Floats, Floats, Bools]:
+        """Ratio to the baseline in the median of the last windows, the baseline, and is it slow:
+        well above, and by at least `least`."""
         limits = self._limits
         rows = self._rows(keys)
         ratio = self._ratio(rows, values)
-        place = self._seen[rows] % limits.slow_windows
+        place = self._compared[rows] % limits.slow_windows
+        self._compared[rows] += 1
         self._recent[rows, place] = ratio
         steady = np.median(self._recent[rows], axis=1)  # NaN until there are enough
         noise = limits.slow_deviations * _deviation(self._noise)
@@ -174,7 +193,7 @@ class Baselines:
         needed[self._slow[rows]] *= limits.slow_over
         with np.errstate(invalid="ignore"):
             is_slow: Bools = steady - 1 > needed
-        is_slow &= values - self._base[rows] > resolution
+            is_slow &= values - self._base[rows] > least
         self._slow[rows] = is_slow
         usual = np.abs(ratio[~is_slow & ~np.isnan(ratio)] - 1)
         self._noise.append(usual[:: max(1, len(usual) // _RANKS_KEPT)])
@@ -213,13 +232,18 @@ class Baselines:
         return np.array(rows, np.int64)
 
     def _grow(self, length: int) -> None:
-        for name in ("_first", "_seen", "_base", "_recent", "_slow"):
+        for name in ("_first", "_seen", "_compared", "_base", "_recent", "_slow"):
             old = getattr(self, name)
             made = np.zeros((length, *old.shape[1:]), old.dtype)
             if made.dtype == np.float64:
                 made[:] = np.nan
             made[: len(old)] = old
             setattr(self, name, made)
+
+
+def _largest(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.max()) if len(known) else 0.0
 
 
 def _deviation(kept: deque[Floats]) -> float:

@@ -21,8 +21,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 ROWS = 24
-"""Sampled operations that are kept of each slot: three times those of a window, because the place
-of one is drawn from its number, so that some fall on the same."""
+"""Sampled operations that are kept of each slot: all of a window, where a group has few."""
 RANKS_MAX = 1 << 20
 _NO_RANK = -1
 _NEVER = -np.inf
@@ -157,7 +156,7 @@ class Table:
         ages = _column((s.samples.entered_s for s, _ in batch), np.float64)
         at = np.fromiter((s.at - offset for s, offset in batch), np.float64, len(batch))
         kinds = _column((self._kinds_of(s) for s, _ in batch), np.int64)
-        place = _mixed(seqs) % ROWS
+        place = seqs % ROWS
         newer = seqs > self.row_seq[slots, place]
         slots, place = slots[newer], place[newer]
         self.row_seq[slots, place] = seqs[newer]
@@ -278,13 +277,6 @@ def _column(columns: Any, kind: Any) -> Any:
 def _optional(columns: Iterable[tuple[tuple[float, ...], tuple[int, ...]]]) -> Any:
     """Columns that may be empty, and are NaN then, for as many slots as the others."""
     return _column((c or (nan,) * len(slots) for c, slots in columns), np.float64)
-
-
-def _mixed(seqs: Ints) -> Ints:
-    """Spreads numbers that have a pattern over all places."""
-    mixed = seqs * np.int64(0x9E3779B1)
-    spread: Ints = (mixed ^ (mixed >> 15)) & np.int64(0x7FFFFFFF)
-    return spread
 
 
 def _largest_finite(values: Floats) -> float:

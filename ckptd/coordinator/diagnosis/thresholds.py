@@ -49,6 +49,11 @@ class Thresholds:
     slow_over: float = 0.5
     """A slow finding is over below this share of what would begin it."""
 
+    slow_next: float = 0.5
+    """Of the slowest rank's deviation: those below this share of it are not named beside it."""
+
+    transfer_share: float = 0.005
+    """Slower communication that costs less than this share of time is not worth a finding."""
     transfer_ratio: float = 1.4
     """Communication is slow when even the shortest durations are so many times the baseline."""
     pace_ratio: float = 1.25

@@ -16,6 +16,8 @@ from ckptd.coordinator.diagnosis.table import Bools, Floats, Ints, Table
 _DATA_PARALLEL = re.compile(
     r"(?<![a-z])(h?dp|ddp|data|data_parallel|fsdp|shard|replicate)(?![a-z])"
 )
+KINDS_MAX = 1 << 20
+"""Of operations; a group's number times this, and the kind's, make a key."""
 _EXPERT = re.compile(r"(?<![a-z])(e[dp]?p|expert)")
 
 
@@ -143,7 +145,7 @@ class Meter:
         kinds = table.row_kind[: table.used][table.starts]
         counts = complete & ~np.isnan(transfer_s) & table.meeting[kinds]
         groups, places = np.nonzero(counts)
-        key = groups * (1 << 20) + kinds[groups, places]
+        key = groups * KINDS_MAX + kinds[groups, places]
         return _medians(key, transfer_s[groups, places])
 
 
