@@ -97,11 +97,16 @@ class History:
         # error of measurement that grows with it, and lesser stragglers cost nothing.
         strength = np.where(latest < limits.slow_next * _largest(latest), 0.0, strength)
         bars = np.ones(len(strength))
-        bars[[rank for rank in self._slow_ranks if rank < len(bars)]] = limits.slow_over
-        slow = np.flatnonzero(strength > bars)
+        named = [rank for rank in self._slow_ranks if rank < len(bars)]
+        bars[named] = limits.slow_over
+        is_slow = strength > bars
+        # What is not known now is as it was.
+        is_slow[named] |= np.isnan(strength[named])
+        slow = np.flatnonzero(is_slow)
         self._slow_ranks = {int(rank) for rank in slow}
         self._remember(window.excess)
-        return {int(rank): float(strength[rank]) for rank in slow}, latest, deviation
+        known = np.nan_to_num(strength, nan=limits.slow_over)
+        return {int(rank): float(known[rank]) for rank in slow}, np.nan_to_num(latest), deviation
 
     def _remember(self, excess: Floats) -> None:
         """Deviations of ranks that are not slow tell what is usual."""
@@ -138,7 +143,7 @@ class History:
     def _judge_pace(self, window: Window, is_explained: bool) -> tuple[float, float]:
         """Seconds an operation, over all groups: their median against the baselines."""
         limits = self._limits
-        groups = np.flatnonzero(window.pace * window.seconds >= limits.window_ops)
+        groups = np.flatnonzero(window.pace * window.seconds > limits.window_ops - 0.5)
         if not len(groups):
             return 1.0, 0.0
         ratio = self._paces.ratio(groups, 1.0 / window.pace[groups])
@@ -253,6 +258,13 @@ def _deviation(kept: deque[Floats]) -> float:
 
 
 def _median(windows: list[Floats]) -> Floats:
-    """Of each rank; NaN where any window does not know it."""
-    median: Floats = np.median(np.stack(windows), axis=0)
+    """Of each rank over the windows that know it; NaN where fewer than two do."""
+    ordered = np.sort(np.stack(windows), axis=0)  # NaN comes last
+    known = np.count_nonzero(~np.isnan(ordered), axis=0)
+    column = np.arange(ordered.shape[1])
+    low, high = (
+        ordered[np.maximum(known - 1, 0) // 2, column],
+        ordered[known // 2 % len(ordered), column],
+    )
+    median: Floats = np.where(known >= 2, (low + high) / 2, np.nan)
     return median

@@ -81,7 +81,8 @@ class Meter:
             return None
         starts, group = table.starts, table.group[: table.used]
         advanced = table.ended[: table.used] - self._ended
-        pace = np.minimum.reduceat(advanced, starts) / seconds
+        count = np.minimum.reduceat(advanced, starts)
+        pace = count / seconds
         complete = self._complete_rows(table)
         wait_s, transfer_s = _waits_and_transfers(table, complete)
         rows = complete.sum(axis=1)
@@ -89,9 +90,12 @@ class Meter:
         share = sampled * pace[group]
         is_known = (rows >= self._rows_min)[group] & ~np.isnan(share)
         share, is_known = self._prefer_sums(table, share, is_known, rows, pace, seconds)
-        is_idle = (pace * seconds < self._ops_min)[group]
-        excess = self._compare(table, np.where(is_known & ~is_idle, share, 0.0), is_known | is_idle)
         compared = np.unique(self.position[self.position >= 0])
+        is_few = count < self._ops_min
+        # A group that is hardly used tells nothing and costs nothing, unless it is compared.
+        is_idle = (is_few & ~np.isin(np.arange(len(count)), compared))[group]
+        is_known &= ~is_few[group]
+        excess = self._compare(table, np.where(is_known, share, 0.0), is_known | is_idle)
         error = table.error_s * float(pace[compared].max(initial=0.0))
         keys, values = self._transfers(table, complete, transfer_s)
         return Window(seconds, excess, error, pace, keys, table.resolution_s, values)
