@@ -1,6 +1,6 @@
 """The score over many simulated jobs, and that it falls when a rule is taken away.
 
-`make diagnose-campaign` runs more of the same, and prints the table.
+`python -m tests.diagnosis.campaign` runs more of the same, and prints the table.
 """
 
 from collections.abc import Iterator

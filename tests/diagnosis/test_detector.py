@@ -44,7 +44,7 @@ def test_a_slow_rank_is_named_and_then_it_is_over() -> None:
         (Kind.NON_COMMUNICATION_SLOW, (5,), True),
     ]
     assert news[0].number == news[1].number
-    assert "rank 5 on node node-00001 arrives last" in news[0].sentence
+    assert "rank 5 on node node-00000 arrives last" in news[0].sentence
     assert 0.5 <= news[0].confidence <= 1
 
 
