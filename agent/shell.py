@@ -26,6 +26,7 @@ from ckptd.agent.buffers import give_large_buffers_back
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
 from ckptd.agent.decode import CellDecoder, DecodeService, source_when_protected
+from ckptd.agent.diagnosis import Diagnosis
 from ckptd.agent.fetch import SegmentFetch
 from ckptd.agent.lifecycle import Identity, Lifecycle, Use
 from ckptd.agent.protect import EncodeRun
@@ -39,6 +40,7 @@ from ckptd.errors import CkptdError, ConfigError, Gone, ProtocolError
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey, check_bind
 from ckptd.manifest import JobManifest
+from ckptd.watching import Observed
 from ckptd.wire import (
     TRAINER_FRAME_LIMIT_BYTES,
     CoordinatorMessage,
@@ -90,6 +92,9 @@ class Agent:
         )
         self._orders: Decoder[CoordinatorMessage] = Decoder(CoordinatorMessage)
         self._bad_messages: set[str] = set()
+        self._diagnosis = Diagnosis(
+            config.node, config.socket, self._observed, lambda text: self._handle(ev.Trouble(text))
+        )
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
         self.ready = asyncio.Event()
@@ -166,6 +171,7 @@ class Agent:
             for work in (
                 self._receive_orders,
                 lambda: self._watch_connection(monitor),
+                self._diagnosis.run,
                 self._keep_time,
             )
         ]
@@ -270,6 +276,9 @@ class Agent:
         if len(self._bad_messages) < 100 and text not in self._bad_messages:
             self._bad_messages.add(text)
             log.warning("message dropped", error=text)
+
+    def _observed(self, observed: Observed) -> None:
+        """Timing records of a trainer of this node: what the detector shall get."""
 
     # The Unix socket.
 

@@ -4,6 +4,7 @@ import click
 
 from ckptd.cli.bench_capture import capture, overhead
 from ckptd.cli.bench_erasure import command as erasure
+from ckptd.cli.bench_timing import command as timing
 from ckptd.cli.bench_transfer import network, protect, rebuild
 
 
@@ -15,6 +16,7 @@ def command() -> None:
 command.add_command(capture, "capture")
 command.add_command(overhead, "overhead")
 command.add_command(erasure, "erasure")
+command.add_command(timing, "timing")
 command.add_command(network, "network")
 command.add_command(protect, "protect")
 command.add_command(rebuild, "rebuild")

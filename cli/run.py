@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import click
 
 from ckptd.cli import options
-from ckptd.config import ENV_JOB, ENV_RENDEZVOUS
+from ckptd.config import ENV_JOB, ENV_RENDEZVOUS, ENV_TIMING
 from ckptd.errors import AgentUnreachable, ConfigError
 from ckptd.ids import check_job_id
 from ckptd.wire import AgentToLauncher, Decoder, Here, Message, WaitForWork, WhereAmI, Work, encode
@@ -35,9 +35,21 @@ from ckptd.wire import AgentToLauncher, Decoder, Here, Message, WaitForWork, Whe
     is_flag=True,
     help="Wait, with everything loaded, until the coordinator calls this node to replace one.",
 )
+@click.option(
+    "--timing",
+    is_flag=True,
+    envvar=ENV_TIMING,
+    show_envvar=True,
+    help="Time each collective, so that slow ranks and links are found (docs/diagnosis.md).",
+)
 @click.argument("torchrun", nargs=-1, type=click.UNPROCESSED, required=True)
 def command(
-    job: str, agent: str | None, rendezvous: str | None, spare: bool, torchrun: tuple[str, ...]
+    job: str,
+    agent: str | None,
+    rendezvous: str | None,
+    spare: bool,
+    timing: bool,
+    torchrun: tuple[str, ...],
 ) -> None:
     """Start PyTorch's own elastic launcher with what makes restarts work.
 
@@ -51,7 +63,7 @@ def command(
     the trainers.
     """
     check_job_id(job)
-    from ckptd.trainer.launch import complete_arguments, launch, prepare_environment
+    from ckptd.trainer.launch import complete_arguments, launch, prepare_environment, watched
 
     address = None
     if agent:
@@ -70,8 +82,8 @@ def command(
             "with `ckptd agent --socket PATH --coordinator ADDRESS ...`, then pass --agent PATH or "
             "set CKPTD_AGENT"
         )
-    prepare_environment(job, agent)
-    launch(complete_arguments(torchrun, job, rendezvous, address))
+    prepare_environment(job, agent, timing)
+    launch(watched(complete_arguments(torchrun, job, rendezvous, address)))
 
 
 def _spans_machines(torchrun: Sequence[str]) -> bool:

@@ -230,3 +230,18 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     assert memory
     assert not any(os.path.exists(path) for path in memory)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_timing_with_all_its_processes():
+    words = ["timing", "--width", "16", "--layers", "2", "--repeats", "2", "--steps", "3", "--json"]
+    command = [sys.executable, "-m", "ckptd.cli", "bench", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["collectives_per_step"] >= 1
+    sources = found["sources"]
+    assert sources["unwatched"]["records"] == 0
+    assert sources["recorder"]["records"] > sources["recorder"]["timed"] == 0
+    for source in sources.values():
+        assert source["step_s"]["median"] > 0
+        assert source["ratio"]["median"] > 0

@@ -4,6 +4,7 @@ import logging
 import mmap
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -14,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from ckptd import errors
-from ckptd.config import trainer_config
+from ckptd.config import trainer_config, watch_config
 from ckptd.errors import CaptureFailure, CkptdError, ConfigError, CorruptData, StateMismatch
 from ckptd.ids import SnapshotId
 from ckptd.segment import parse_header
-from ckptd.trainer import embedded
+from ckptd.trainer import embedded, timing, worker_server
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.capture import Capture, CaptureStats, LayoutChanged
 from ckptd.trainer.client import AgentClient
@@ -187,6 +188,7 @@ class Checkpointer:
             first = next(text for text in failures if text)
             log.warning("ckptd: %s could not be loaded (%s); trying another", decision.id, first)
         self._step = step
+        self._show(agree)
         self._capture = Capture(
             self._state,
             agree.rank,
@@ -286,6 +288,17 @@ class Checkpointer:
         for rank, text in enumerate(texts):
             if text:
                 raise errors.AgentUnreachable(f"rank {rank} cannot take part: {text}")
+
+    def _show(self, agree: Agreement) -> None:
+        """Let the agent see this rank's collectives; without that, training goes on as well."""
+        config = replace(watch_config(), agent=self._config.agent)
+        shown = worker_server.start(config)
+        if shown is not None:
+            shown.introduce(
+                job=self.job, rank=agree.rank, world_size=agree.world_size, life=self._life
+            )
+            if config.timing:
+                timing.start(shown)
 
     def _decide(
         self, agree: Agreement, rejected: tuple[SnapshotId, ...], deadline: float

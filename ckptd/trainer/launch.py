@@ -5,7 +5,13 @@ from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
 
-from ckptd.config import ENV_AGENT, ENV_JOB
+from ckptd.config import (
+    ENV_AGENT,
+    ENV_JOB,
+    ENV_TIMING,
+    FLIGHT_RECORDER_ENTRIES,
+    FLIGHT_RECORDER_SIZES,
+)
 
 # Measured: with torchrun's defaults the restarted workers of a gloo job reuse the launcher's store
 # with stale addresses and never come up; with stores of their own they do.
@@ -20,8 +26,12 @@ _RENDEZVOUS_CONF = {
 MAX_RESTARTS = 100
 
 
-def prepare_environment(job: str, agent: str | None) -> None:
+def prepare_environment(job: str, agent: str | None, timing: bool = False) -> None:
     """Set what trainers and torchrun need; what the user has set stays."""
+    if not any(name in os.environ for name in FLIGHT_RECORDER_SIZES):
+        os.environ[FLIGHT_RECORDER_SIZES[0]] = str(FLIGHT_RECORDER_ENTRIES)
+    if timing:
+        os.environ[ENV_TIMING] = "1"
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ[ENV_JOB] = job
@@ -55,6 +65,22 @@ def complete_arguments(
     if address and "local-addr" not in given:
         added.append(f"--local-addr={address}")
     return [*added, *arguments]
+
+
+def watched(arguments: Sequence[str]) -> list[str]:
+    """torchrun's arguments with the script run by `ckptd.trainer.script`, which shows it first.
+
+    A program that is no Python script, or that torchrun runs in a way of its own, stays as it is:
+    it is seen once it has made its Checkpointer.
+    """
+    parsed = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call] # torch's
+    if parsed.no_python or parsed.run_path:
+        return list(arguments)
+    split = len(arguments) - len(parsed.training_script_args) - 1
+    own, script = list(arguments[:split]), list(arguments[split:])
+    if not parsed.module:
+        return [*own, "-m", "ckptd.trainer.script", *script]
+    return [*own, "ckptd.trainer.script", "--module", *script]
 
 
 def launch(arguments: Sequence[str]) -> None:

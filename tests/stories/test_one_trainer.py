@@ -23,7 +23,9 @@ def test_the_trainers_own_memory_hardly_grows(town):
         "trainer", [sys.executable, str(script)], {"CKPTD_AGENT": str(here.socket("n0"))}
     )
     assert trainer.wait(100) == 0, here.log("trainer")
-    grown, captures = here.log("trainer").splitlines()[-1].split()
+    # PyTorch's worker server says that it ends after everything else.
+    said = [line for line in here.log("trainer").splitlines() if not line.startswith("[")]
+    grown, captures = said[-1].split()
     assert int(captures) >= 5
     assert float(grown) < GROWTH_MIB
 

@@ -1,0 +1,367 @@
+"""Watches the trainers of a node: finds them, reads their timing records, notices who is silent.
+
+Only asyncio and files; it decides nothing about the job. Slow while all is well, fast for a while
+when something looks wrong, and never so often that answering costs a trainer more than a small
+share of its time. All agents read at the same instants of the clock, so that what they see of one
+another's ranks overlaps.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from ckptd.agent import worker_client
+from ckptd.agent.flight_recorder import RecorderReader
+from ckptd.agent.timing_ring import TimingReader
+from ckptd.collectives import Collective, GroupInfo
+from ckptd.errors import CorruptData, Gone, ProtocolError
+from ckptd.ring import RingReader
+from ckptd.watching import (
+    GROUPS_SUFFIX,
+    INTRODUCTION_SUFFIX,
+    PULSE_SUFFIX,
+    Gap,
+    Introduction,
+    Observed,
+    Pulse,
+    began_at,
+    make_private,
+    read_groups,
+    read_introduction,
+    read_pulse,
+    started_ticks,
+)
+
+TRAINERS_LIMIT = 256
+_SCAN_EVERY_S = 0.5
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often trainers are read. All in seconds."""
+
+    slow_s: float = 1.0
+    """While all is well."""
+    fast_s: float = 0.2
+    """When something looks wrong."""
+    fast_for_s: float = 30.0
+    """Then slowly again: a long evaluation looks wrong, too."""
+    deadline_s: float = 1.0
+    """A trainer that has not answered by then is silent."""
+    stuck_s: float = 1.0
+    """An operation that is open, or a pulse that is old, for so long looks wrong."""
+    share: float = 0.02
+    """Most of a trainer's time that its answers may take."""
+
+
+@dataclass(slots=True)
+class TrainerView:
+    """What is seen of one trainer."""
+
+    introduction: Introduction
+    source: str = ""
+    """"timing", "recorder", or "" as long as nothing is seen."""
+    silent_since: float | None = None
+    """Since when its worker server has not answered, in seconds since the epoch."""
+    answer_s: float = 0.0
+    """How long its last answer took."""
+    pulse: Pulse | None = None
+    looks_wrong_since: float | None = None
+    problems: tuple[str, ...] = ()
+    """What is not seen of it, and how to switch it on."""
+
+
+class Watcher:
+    """`run()` watches until it is cancelled."""
+
+    def __init__(
+        self, directory: Path, deliver: Callable[[Observed], None], pace: Pace | None = None
+    ) -> None:
+        """`directory`: `watching.trainers_dir` of the agent's socket. `deliver` must not block."""
+        self.directory = directory
+        self._deliver, self._pace = deliver, pace or Pace()
+        self._following: dict[str, _Trainer] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._refused: set[str] = set()
+        self._hurry_until = 0.0
+
+    def views(self) -> list[TrainerView]:
+        """All live trainers, by rank."""
+        found = [each.view for each in self._following.values()]
+        return sorted(found, key=lambda view: (view.introduction.job, view.introduction.rank))
+
+    def worker_server(self, view: TrainerView) -> Path | None:
+        """Where its worker server listens, if it does."""
+        name = view.introduction.socket
+        return self.directory / name if name else None
+
+    def hurry(self, for_s: float) -> None:
+        """Read all trainers fast for so long: somebody suspects something."""
+        self._hurry_until = time.time() + for_s
+
+    async def run(self) -> None:
+        """Follow every trainer that shows itself."""
+        try:
+            make_private(self.directory)
+            while True:
+                self._scan()
+                await asyncio.sleep(_SCAN_EVERY_S)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _scan(self) -> None:
+        for stem, task in list(self._tasks.items()):
+            if task.done():
+                del self._tasks[stem]
+                self._following.pop(stem, None)
+        for path in sorted(self.directory.glob("*" + INTRODUCTION_SUFFIX)):
+            stem = path.name.removesuffix(INTRODUCTION_SUFFIX)
+            if stem in self._tasks or stem in self._refused:
+                continue
+            if len(self._tasks) >= TRAINERS_LIMIT:
+                return
+            try:
+                introduction = read_introduction(path)
+            except OSError:
+                continue
+            except CorruptData as error:
+                self._refuse(stem, str(error))
+                continue
+            trainer = _Trainer(self.directory, stem, introduction, self._deliver, self._pace)
+            self._following[stem] = trainer
+            self._tasks[stem] = asyncio.create_task(self._follow(stem, trainer))
+
+    async def _follow(self, stem: str, trainer: "_Trainer") -> None:
+        try:
+            await trainer.follow(lambda: time.time() < self._hurry_until)
+        except Exception:  # whatever it is, the other trainers are watched as before
+            log.exception("bug while watching a trainer", trainer=stem)
+            self._refuse(stem, "it cannot be watched")
+
+    def _refuse(self, stem: str, reason: str) -> None:
+        if len(self._refused) < TRAINERS_LIMIT:
+            self._refused.add(stem)
+            log.warning("trainer not watched", trainer=stem, reason=reason)
+
+
+class _Trainer:
+    """Follows one trainer process until it is dead."""
+
+    def __init__(
+        self,
+        directory: Path,
+        stem: str,
+        introduction: Introduction,
+        deliver: Callable[[Observed], None],
+        pace: Pace,
+    ) -> None:
+        self._base, self._stem = directory, stem
+        self._deliver, self._pace = deliver, pace
+        self.view = TrainerView(introduction)
+        self._groups: tuple[GroupInfo, ...] = ()
+        self._told_groups: tuple[GroupInfo, ...] = ()
+        self._stamps: dict[str, tuple[int, int]] = {}
+        self._recorder: RecorderReader | None = None
+        self._ring: RingReader | None = None
+        self._timing: TimingReader | None = None
+        self._open_since: dict[tuple[str, int, str], float] = {}
+        self._notes: set[str] = set()
+        self._moved = time.time()
+        self._counters: object = None
+
+    async def follow(self, hurried: Callable[[], bool]) -> None:
+        """Read, deliver, wait; until the process is dead."""
+        due = 0.0
+        try:
+            while True:
+                self._reread()
+                dead = self._is_dead()
+                wrong = self._looks_wrong(time.time())
+                if dead or due <= time.time() or (wrong and self.view.looks_wrong_since is None):
+                    await self._read(dead)
+                    now = time.time()
+                    self._note_wrong(now)
+                    due = self._next(now, hurried())
+                if dead:
+                    return
+                await asyncio.sleep(min(self._pace.fast_s, max(0.0, due - time.time())))
+        finally:
+            if self._ring is not None:
+                self._ring.close()
+            if self._is_dead():
+                self._clear_away()
+
+    # What it shows.
+
+    def _reread(self) -> None:
+        if self._changed(INTRODUCTION_SUFFIX):
+            with contextlib.suppress(OSError, CorruptData):
+                self.view.introduction = read_introduction(self._path(INTRODUCTION_SUFFIX))
+        self.view.pulse = read_pulse(self._path(PULSE_SUFFIX))
+        self.view.problems = tuple(sorted({*self.view.introduction.problems, *self._notes}))
+
+    def _reread_groups(self) -> None:
+        if not self._changed(GROUPS_SUFFIX):
+            return
+        try:
+            self._groups = read_groups(self._path(GROUPS_SUFFIX))
+        except (OSError, CorruptData) as error:
+            self._notes.add(f"process groups are not seen: {error}")
+
+    def _path(self, suffix: str) -> Path:
+        return self._base / (self._stem + suffix)
+
+    def _changed(self, suffix: str) -> bool:
+        try:
+            found = self._path(suffix).stat()
+        except OSError:
+            return False
+        stamp = found.st_ino, found.st_mtime_ns
+        before, self._stamps[suffix] = self._stamps.get(suffix), stamp
+        return before != stamp
+
+    def _is_dead(self) -> bool:
+        told = self.view.introduction
+        return started_ticks(told.pid) != told.started_ticks
+
+    # Reading.
+
+    async def _read(self, dead: bool) -> None:
+        now = time.time()
+        self._reread_groups()
+        observed = self._read_ring(now)
+        if observed is None and not dead:
+            observed = await self._ask_recorder(now)
+        if observed is None:
+            observed = self._observed("", now)
+        groups = self._groups if self._groups is not self._told_groups else ()
+        self._told_groups = self._groups
+        if groups or observed.collectives or observed.gaps or observed.dropped:
+            self._follow_open(observed)
+            self._deliver(msgspec.structs.replace(observed, groups=groups))
+
+    def _observed(
+        self,
+        source: str,
+        at: float,
+        found: Sequence[Collective] = (),
+        gaps: Sequence[Gap] = (),
+        dropped: int = 0,
+    ) -> Observed:
+        self.view.source = source or self.view.source
+        told = self.view.introduction
+        return Observed(
+            told.job, told.rank, told.life, source, at, tuple(found), tuple(gaps), (), dropped
+        )
+
+    def _read_ring(self, now: float) -> Observed | None:
+        """The timing source, where there is one."""
+        told = self.view.introduction
+        if not told.ring:
+            return None
+        try:
+            if self._ring is None or self._timing is None:
+                self._ring = RingReader(self._checked_ring())
+                self._timing = TimingReader(told.rank, began_at(told.started_ticks))
+            records, lost = self._ring.read()
+            if any(record.group >= len(self._groups) for record in records):
+                self._reread_groups()  # a group that was made a moment ago
+        except (OSError, CorruptData) as error:
+            self._notes.add(f"the timing records cannot be read: {error}")
+            return None
+        found, gaps, dropped = self._timing.take(records, self._groups, now)
+        if lost:
+            log.info("timing records lost", rank=told.rank, records=lost)
+        return self._observed("timing", now, found, gaps, dropped)
+
+    def _checked_ring(self) -> Path:
+        """Only the file that this process would have made: the path comes from outside."""
+        expected = Path("/dev/shm") / f"ckptd-{os.getuid()}-{self._stem}.ring"
+        if self.view.introduction.ring != str(expected):
+            raise CorruptData(f"{self.view.introduction.ring[:200]} is not {expected}")
+        return expected
+
+    async def _ask_recorder(self, now: float) -> Observed | None:
+        told = self.view.introduction
+        if not told.socket or not told.recorder_entries or "/" in told.socket:
+            return None
+        if self._recorder is None:
+            self._recorder = RecorderReader(told.rank, began_at(told.started_ticks))
+        began = time.perf_counter()
+        try:
+            raw = await worker_client.ask(
+                self._base / told.socket, worker_client.ENTRIES, self._pace.deadline_s
+            )
+            ranks = {info.group: info.ranks for info in self._groups}
+            reading = self._recorder.take(raw, now, ranks)
+        except (TimeoutError, Gone):
+            if self.view.silent_since is None:
+                self.view.silent_since = now
+            return None
+        except ProtocolError as error:
+            self._notes.add(f"collectives are not seen: {str(error)[:300]}")
+            return None
+        finally:
+            self.view.answer_s = time.perf_counter() - began
+        self.view.silent_since = None
+        self._notes |= self._recorder.problems
+        return self._observed("recorder", now, reading.collectives, reading.gaps, reading.dropped)
+
+    # Pace.
+
+    def _follow_open(self, observed: Observed) -> None:
+        for each in observed.collectives:
+            key = (each.group, each.seq, each.op)
+            if each.ended:
+                self._open_since.pop(key, None)
+            else:
+                self._open_since[key] = each.entered_at
+        newest = max((each.entered_at for each in observed.collectives), default=0.0)
+        # What an overrun has hidden has ended, or it would not have gone on.
+        for key, at in list(self._open_since.items()):
+            if observed.gaps and at < newest:
+                del self._open_since[key]
+
+    def _looks_wrong(self, now: float) -> bool:
+        stuck = now - self._pace.stuck_s
+        pulse = self.view.pulse
+        counters = None if pulse is None else (pulse.enqueued, pulse.completed)
+        if counters != self._counters:
+            self._counters, self._moved = counters, now
+        waits = pulse is not None and pulse.enqueued != pulse.completed and self._moved < stuck
+        no_pulse = pulse is not None and pulse.at < stuck
+        is_open = any(at < stuck for at in self._open_since.values())
+        return waits or no_pulse or is_open or self.view.silent_since is not None
+
+    def _note_wrong(self, now: float) -> None:
+        if not self._looks_wrong(now):
+            self.view.looks_wrong_since = None
+        elif self.view.looks_wrong_since is None:
+            self.view.looks_wrong_since = now
+
+    def _next(self, now: float, hurried: bool) -> float:
+        """When to read next: a whole multiple of the interval, on every node."""
+        wrong = self.view.looks_wrong_since
+        fast = hurried or (wrong is not None and now - wrong < self._pace.fast_for_s)
+        interval_s = self._pace.fast_s if fast else self._pace.slow_s
+        if self.view.source == "recorder" and self.view.silent_since is None:
+            interval_s = max(interval_s, self.view.answer_s / self._pace.share)
+        return (now // interval_s + 1) * interval_s
+
+    def _clear_away(self) -> None:
+        """A process that was killed leaves its files."""
+        for path in self._base.glob(self._stem + ".*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, CorruptData):
+            self._checked_ring().unlink(missing_ok=True)
