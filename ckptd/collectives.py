@@ -20,7 +20,8 @@ class Collective(msgspec.Struct, frozen=True, array_like=True):
     group: str
     """Name of the process group: the same on all of its ranks, another for each group."""
     seq: Count
-    """Number of the operation in its group, from 1; point-to-point operations have their own."""
+    """Number of the operation in its group, from 1. Point-to-point operations are counted apart,
+    for each ordered pair (source, destination) of the group: so both ends give the same number."""
     op: str
     """As PyTorch calls it: "all_reduce", "broadcast", "send" …"""
     size_bytes: Count
@@ -46,3 +47,43 @@ class GroupInfo(msgspec.Struct, frozen=True, array_like=True):
     backend: str
     description: str = ""
     """What the program calls it, such as "tp" or "dp", where known."""
+
+    @property
+    def enqueued(self) -> bool:
+        """Whether `entered_at` is only when an operation was put on a stream of the GPU."""
+        return any(word in self.backend.lower() for word in _ON_STREAMS)
+
+
+_ON_STREAMS = ("nccl", "rccl", "hccl", "xccl", "ucc")
+_ALIASES = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "reducescatter": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "isend": "send",
+    "irecv": "recv",
+}
+SYMMETRIC = frozenset({"all_reduce", "all_gather", "reduce_scatter"})
+"""Each rank gives and gets alike, and none ends before all have entered."""
+MEETING = SYMMETRIC | {"all_to_all", "barrier", "send", "recv"}
+"""A rank that enters one of these early waits for those that enter late."""
+POINT_TO_POINT = frozenset({"send", "recv"})
+
+
+def plain_op(op: str) -> str:
+    """One name for what backends and PyTorch's layers spell differently.
+
+    "gloo:all_reduce", "nccl:_all_gather_base" and "allreduce_coalesced" become "all_reduce",
+    "all_gather" and "all_reduce"; an unknown name stays as it is, without the backend's.
+    """
+    name = op.rpartition(":")[2].strip("_").lower().split(" ")[0]
+    squeezed = name.replace("_", "")
+    for start, plain in _ALIASES.items():
+        if squeezed.startswith(start):
+            return plain
+    return name
+
+
+def size_class(size_bytes: int) -> int:
+    """Operations of one class are compared with one another: the power of two above the size."""
+    return max(0, size_bytes - 1).bit_length()

@@ -1,0 +1,292 @@
+"""What is known of all ranks in all groups, as columns: a row ("slot") is one rank in one group.
+
+The slots of a group are next to one another, so that questions about all groups at once are
+reductions over ranges (`numpy.ufunc.reduceat`), and 80,000 ranks cost milliseconds.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from math import isnan, nan
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptd.collectives import MEETING
+from ckptd.errors import ProtocolError
+from ckptd.sketches import Part, Sketch
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+ROWS = 24
+"""Sampled operations that are kept of each slot: all of a window, where a group has few."""
+RANKS_MAX = 1 << 20
+_NO_RANK = -1
+_NEVER = -np.inf
+
+
+class Table:
+    """Columns by slot, group, rank and node, of one life. Only `flush` writes observations."""
+
+    def __init__(self) -> None:
+        self.group_names: list[str] = []
+        self.group_parts: list[Part] = []
+        self.nodes: list[str] = []
+        self.kinds: list[tuple[str, int]] = []
+        self._group_index: dict[str, int] = {}
+        self._node_index: dict[str, int] = {}
+        self._kind_index: dict[tuple[str, int], int] = {}
+        self._placed: dict[tuple[int, int], int] = {}
+        """(group, rank) to slot."""
+        self._filled: list[int] = []
+        """Slots of each group that have a rank."""
+        self._layouts: dict[str, tuple[int, Ints]] = {}
+        """Node to the number of its layout, and its slots."""
+        self._pending: dict[str, tuple[Sketch, float, float, float]] = {}
+        self.used = 0
+        """Slots in use."""
+        self.ranks = 0
+        self.version = 0
+        """Grows when groups or slots are added."""
+        self._starts: Ints = np.zeros(64, np.int64)
+        self._allocate(1024)
+        self.rank_node: Ints = np.full(64, _NO_RANK)
+        self.rank_progress_at: Floats = np.full(64, _NEVER)
+        """When a rank last entered or ended anything, in any group (monotonic seconds)."""
+        self.node_heard_at: Floats = np.full(64, _NEVER)
+        self.longest_gap_s = 0.0
+        """Longest silence of a rank that then went on, since this was last set to 0."""
+        self.longest_node_gap_s = 0.0
+        self.resolution_s = 0.0
+        """How exact single times are, by the sketches of the last flush."""
+        self.node_error_s: Floats = np.zeros(64)
+        """How far off the times of a node may be."""
+        self.unknown = 0
+        self.progressed = False
+        """Whether the last flush brought anything new."""
+
+    @property
+    def starts(self) -> Ints:
+        """First slot of each group."""
+        return self._starts[: len(self.group_names)]
+
+    def _allocate(self, capacity: int) -> None:
+        def column(old: str, kind: Any, fill: Any, *shape: int) -> Any:
+            made = np.full((capacity, *shape), fill, kind)
+            if hasattr(self, old):
+                made[: self.used] = getattr(self, old)[: self.used]
+            return made
+
+        self.rank: Ints = column("rank", np.int64, _NO_RANK)
+        self.group: Ints = column("group", np.int64, 0)
+        self.is_source: Bools = column("is_source", np.bool_, False)
+        self.entered: Ints = column("entered", np.int64, 0)
+        self.ended: Ints = column("ended", np.int64, 0)
+        self.changed_at: Floats = column("changed_at", np.float64, _NEVER)
+        self.pending_at: Floats = column("pending_at", np.float64, np.nan)
+        self.waited_s: Floats = column("waited_s", np.float64, np.nan)
+        self.row_seq: Ints = column("row_seq", np.int64, -1, ROWS)
+        self.row_entered: Floats = column("row_entered", np.float64, np.nan, ROWS)
+        self.row_duration: Floats = column("row_duration", np.float64, np.nan, ROWS)
+        self.row_kind: Ints = column("row_kind", np.int64, 0, ROWS)
+
+    def observe(self, sketch: Sketch, now: float, offset_s: float, error_s: float) -> bool:
+        """Keep a sketch for the next flush. False: send it `whole`, its parts are not known."""
+        if sketch.node in self._pending:
+            self.flush()
+        if sketch.parts is not None:
+            self._lay_out(sketch.node, sketch.layout, sketch.parts)
+        known = self._layouts.get(sketch.node)
+        if known is None or known[0] != sketch.layout or not _is_sound(sketch, len(known[1])):
+            return False
+        self._pending[sketch.node] = (sketch, now, offset_s, error_s)
+        return True
+
+    def flush(self) -> None:
+        """Take in all sketches that were kept; all columns at once."""
+        if not self._pending:
+            self.progressed = False
+            return
+        batch = list(self._pending.values())
+        self._pending.clear()
+        layouts = [self._layouts[sketch.node][1] for sketch, *_ in batch]
+        slots = np.concatenate(layouts)
+        times = np.fromiter((now for _, now, *_ in batch), np.float64, len(batch))
+        at = np.repeat(times, [len(layout) for layout in layouts])
+        entered = _column((s.entered for s, *_ in batch), np.int64)
+        ended = np.minimum(_column((s.ended for s, *_ in batch), np.int64), entered)
+        changed = (entered > self.entered[slots]) | (ended > self.ended[slots])
+        self.progressed = bool(changed.any())
+        moved = slots[changed]
+        self._note_gaps(self.rank[moved], at[changed])
+        self.changed_at[moved] = at[changed]
+        np.maximum.at(self.rank_progress_at, self.rank[moved], at[changed])
+        self.entered[slots] = np.maximum(entered, self.entered[slots])
+        self.ended[slots] = np.maximum(ended, self.ended[slots])
+        self.pending_at[slots] = at - _optional((s.waiting_s, s.entered) for s, *_ in batch)
+        self.waited_s[slots] = _optional((s.waited_s, s.entered) for s, *_ in batch)
+        nodes = np.fromiter((self._node_index[s.node] for s, *_ in batch), np.int64, len(batch))
+        silent = times - self.node_heard_at[nodes]
+        self.longest_node_gap_s = max(self.longest_node_gap_s, _largest_finite(silent))
+        self.node_heard_at[nodes] = times
+        errors = (s.resolution_s + error_s for s, _, _, error_s in batch)
+        self.resolution_s = max(s.resolution_s for s, *_ in batch)
+        self.node_error_s[nodes] = np.fromiter(errors, np.float64, len(batch))
+        self.unknown += sum(s.unknown for s, *_ in batch)
+        self._take_samples([(s, offset) for s, _, offset, _ in batch if s.samples.slots])
+
+    def _note_gaps(self, ranks: Ints, at: Floats) -> None:
+        """A slot that moved ends its rank's silence."""
+        gap = _largest_finite(at - self.rank_progress_at[ranks])
+        self.longest_gap_s = max(self.longest_gap_s, gap)
+
+    def _take_samples(self, batch: list[tuple[Sketch, float]]) -> None:
+        if not batch:
+            return
+        counts = [len(sketch.samples.slots) for sketch, _ in batch]
+        slots = np.concatenate(
+            [
+                self._layouts[s.node][1][np.fromiter(s.samples.slots, np.int64, n)]
+                for (s, _), n in zip(batch, counts, strict=True)
+            ]
+        )
+        seqs = _column((s.samples.seqs for s, _ in batch), np.int64)
+        ages = _column((s.samples.entered_s for s, _ in batch), np.float64)
+        at = np.fromiter((s.at - offset for s, offset in batch), np.float64, len(batch))
+        kinds = _column((self._kinds_of(s) for s, _ in batch), np.int64)
+        place = seqs % ROWS
+        newer = seqs > self.row_seq[slots, place]
+        slots, place = slots[newer], place[newer]
+        self.row_seq[slots, place] = seqs[newer]
+        self.row_entered[slots, place] = (np.repeat(at, counts) - ages)[newer]
+        durations = _column((s.samples.durations_s for s, _ in batch), np.float64)
+        self.row_duration[slots, place] = durations[newer]
+        self.row_kind[slots, place] = kinds[newer]
+
+    def _kinds_of(self, sketch: Sketch) -> list[int]:
+        known = [self._kind(kind) for kind in sketch.kinds]
+        return [known[kind] for kind in sketch.samples.kinds]
+
+    def _kind(self, kind: tuple[str, int]) -> int:
+        number = self._kind_index.get(kind)
+        if number is None:
+            number = self._kind_index[kind] = len(self.kinds)
+            self.kinds.append(kind)
+        return number
+
+    @property
+    def error_s(self) -> float:
+        """How far off times of different nodes may be."""
+        return float(self.node_error_s.max())
+
+    @property
+    def meeting(self) -> Bools:
+        """For each kind whether its operation makes early ranks wait for late ones."""
+        return np.array([op in MEETING for op, _ in self.kinds] or [False], np.bool_)
+
+    def _lay_out(self, node: str, layout: int, parts: tuple[Part, ...]) -> None:
+        index = self._node_index.setdefault(node, len(self.nodes))
+        if index == len(self.nodes):
+            self.nodes.append(node)
+            self.node_heard_at = _grown(self.node_heard_at, index + 1, _NEVER)
+            self.node_error_s = _grown(self.node_error_s, index + 1, 0.0)
+        slots = [self._slot(part, rank) for part in parts for rank in part.ranks]
+        for rank in chain.from_iterable(part.ranks for part in parts):
+            self.rank_node[rank] = index
+        self._layouts[node] = (layout, np.array(slots, np.int64))
+
+    def _slot(self, part: Part, rank: int) -> int:
+        group = self._group_index.get(part.group)
+        if group is None:
+            group = self._add_group(part)
+        found = self._placed.get((group, rank))
+        if found is not None:
+            return found
+        if self._filled[group] >= self.group_parts[group].size or rank > RANKS_MAX:
+            raise ProtocolError(
+                f"rank {rank} cannot be in group {part.group}, which has {part.size} ranks; "
+                f"ranks go to {RANKS_MAX}"
+            )
+        slot = int(self._starts[group]) + self._filled[group]
+        self._filled[group] += 1
+        self._placed[group, rank] = slot
+        self.rank[slot] = rank
+        self.is_source[slot] = part.pair is not None and part.pair[0] == rank
+        if rank >= self.ranks:
+            self.ranks = rank + 1
+            self.rank_node = _grown(self.rank_node, self.ranks, _NO_RANK)
+            self.rank_progress_at = _grown(self.rank_progress_at, self.ranks, _NEVER)
+        self.version += 1
+        return slot
+
+    def _add_group(self, part: Part) -> int:
+        if part.size > RANKS_MAX:
+            raise ProtocolError(f"group {part.group} of {part.size} ranks; limit {RANKS_MAX}")
+        group = self._group_index[part.group] = len(self.group_names)
+        self.group_names.append(part.group)
+        self.group_parts.append(part)
+        self._filled.append(0)
+        end = self.used + part.size
+        if end > len(self.rank):
+            self._allocate(max(end, 2 * len(self.rank)))
+        self._starts = _grown(self._starts, group + 1, 0)
+        self._starts[group] = self.used
+        self.group[self.used : end] = group
+        self.used = end
+        return group
+
+    def slots_of(self, group: int) -> slice:
+        """The slots of a group."""
+        start = int(self._starts[group])
+        return slice(start, start + self.group_parts[group].size)
+
+    def ranks_of(self, group: int) -> Ints:
+        """The ranks of a group that are known."""
+        ranks = self.rank[self.slots_of(group)]
+        known: Ints = ranks[ranks != _NO_RANK]
+        return known
+
+    def node_name(self, rank: int) -> str:
+        return self.nodes[int(self.rank_node[rank])]
+
+    def node_names(self, ranks: Ints | list[int]) -> tuple[str, ...]:
+        """The nodes of `ranks`, each once, in order of names."""
+        return tuple(sorted({self.node_name(int(rank)) for rank in ranks}))
+
+
+def _is_sound(sketch: Sketch, slots: int) -> bool:
+    """Whether the columns of a sketch, which came from elsewhere, fit one another."""
+    samples, count = sketch.samples, len(sketch.samples.slots)
+    columns = (samples.seqs, samples.kinds, samples.entered_s, samples.durations_s)
+    return (
+        len(sketch.entered) == len(sketch.ended) == slots
+        and len(sketch.waiting_s) in (0, slots)
+        and len(sketch.waited_s) in (0, slots)
+        and all(len(column) == count for column in columns)
+        and (not count or (max(samples.slots) < slots and max(samples.kinds) < len(sketch.kinds)))
+        and not isnan(sketch.at)
+    )
+
+
+def _column(columns: Any, kind: Any) -> Any:
+    return np.fromiter(chain.from_iterable(columns), kind)
+
+
+def _optional(columns: Iterable[tuple[tuple[float, ...], tuple[int, ...]]]) -> Any:
+    """Columns that may be empty, and are NaN then, for as many slots as the others."""
+    return _column((c or (nan,) * len(slots) for c, slots in columns), np.float64)
+
+
+def _largest_finite(values: Floats) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if len(finite) else 0.0
+
+
+def _grown(column: Any, length: int, fill: Any) -> Any:
+    if length <= len(column):
+        return column
+    made = np.full(max(length, 2 * len(column)), fill, column.dtype)
+    made[: len(column)] = column
+    return made

@@ -1,0 +1,195 @@
+"""Who hangs, on pictures small enough to draw."""
+
+from collections.abc import Iterable
+from math import nan
+
+import pytest
+
+from ckptd.coordinator.diagnosis import explain
+from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope
+from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
+from ckptd.coordinator.diagnosis.table import Table
+from ckptd.coordinator.diagnosis.thresholds import Thresholds
+from ckptd.errors import ProtocolError
+from ckptd.sketches import Part, Sketch
+
+STOPPED_AT, NOW = 10.0, 20.0
+Group = tuple[str, dict[int, tuple[int, int]]]
+"""Name, and for each rank what it has entered and ended."""
+
+
+class Picture:
+    """Groups of ranks, one rank a node unless `per_node` says otherwise."""
+
+    def __init__(self, per_node: int = 1, enqueued: bool = False) -> None:
+        self.per_node, self.enqueued = per_node, enqueued
+        self.table = Table()
+
+    def draw(
+        self,
+        groups: Iterable[Group],
+        at: float = STOPPED_AT,
+        silent: tuple[int, ...] = (),
+        waiting_s: dict[tuple[str, int], float] | None = None,
+    ) -> "Picture":
+        """Every node tells this at `at`, and again now, but for the nodes that are silent."""
+        groups = list(groups)
+        ranks = sorted({rank for _, members in groups for rank in members})
+        for node in sorted({rank // self.per_node for rank in ranks}):
+            for moment in (at, NOW):
+                if moment == at or node not in silent:
+                    sketch = self._sketch(node, groups, moment, waiting_s or {})
+                    assert self.table.observe(sketch, moment, 0.0, 0.0)
+                    self.table.flush()
+        return self
+
+    def _sketch(
+        self, node: int, groups: list[Group], at: float, waiting_s: dict[tuple[str, int], float]
+    ) -> Sketch:
+        parts, entered, ended, waiting = [], [], [], []
+        for name, members in groups:
+            mine = tuple(rank for rank in members if rank // self.per_node == node)
+            if mine:
+                parts.append(Part(name, len(members), mine, "", self.enqueued))
+            entered += [members[rank][0] for rank in mine]
+            ended += [members[rank][1] for rank in mine]
+            waiting += [waiting_s.get((name, rank), nan) for rank in mine]
+        return Sketch(
+            "job", 1, f"n{node}", 1, at, tuple(entered), tuple(ended), tuple(waiting),
+            parts=tuple(parts),
+        )  # fmt: skip
+
+    def finding(self) -> Finding | None:
+        stall = find_stall(self.table, 2.0, 5.0, NOW)
+        return stall and explain.stall(self.table, stall, 2.0, Thresholds(), NOW)
+
+
+def waits(at: int) -> tuple[int, int]:
+    """Has entered operation `at`, and not left it."""
+    return (at, at - 1)
+
+
+def past(at: int) -> tuple[int, int]:
+    """Has left operation `at`, and entered none since."""
+    return (at, at)
+
+
+def test_the_rank_that_has_not_entered() -> None:
+    finding = (
+        Picture().draw([("dp", {0: waits(7), 1: waits(7), 2: past(6), 3: waits(7)})]).finding()
+    )
+    assert finding is not None
+    assert finding.kind is Kind.NON_COMMUNICATION_HANG
+    assert finding.culprit.ranks == (2,)
+    assert finding.victims == 3
+    assert "rank 2 on node n2 has not entered operation 7 of group dp" in finding.sentence
+
+
+def test_who_is_late_because_it_waits_elsewhere_is_a_victim() -> None:
+    """0 and 1 wait for 2 in a; 2 waits for 4 in b; 4 waits for 5 in c; 5 waits for nobody."""
+    finding = Picture().draw(
+        [
+            ("a", {0: waits(3), 1: waits(3), 2: past(2)}),
+            ("b", {2: waits(9), 4: past(8)}),
+            ("c", {4: waits(5), 5: past(4)}),
+        ]
+    ).finding()  # fmt: skip
+    assert finding is not None
+    assert finding.culprit.ranks == (5,)
+    assert finding.victims == 4
+
+
+def test_two_that_hang_on_one_node_of_two_are_the_node() -> None:
+    finding = Picture(per_node=2).draw(
+        [("dp", {0: waits(2), 1: waits(2), 2: past(1), 3: past(1)})]
+    ).finding()  # fmt: skip
+    assert finding is not None
+    assert finding.culprit.scope is Scope.NODE
+    assert finding.culprit.nodes == ("n1",)
+
+
+def test_all_have_entered_and_none_leaves() -> None:
+    groups = [("x", {0: waits(4), 1: waits(4)}), ("y", {0: past(1), 1: past(1), 2: waits(2)})]
+    finding = Picture().draw(groups).finding()
+    assert finding is not None
+    assert finding.kind is Kind.COMMUNICATION_HANG
+    assert finding.culprit.nodes == ("n0", "n1")
+    assert finding.suspects == (0, 1)
+
+
+def test_some_have_left_and_others_cannot() -> None:
+    finding = Picture().draw([("x", {0: waits(4), 1: waits(4), 2: waits(5)})]).finding()
+    assert finding is not None
+    assert finding.kind is Kind.COMMUNICATION_HANG
+
+
+def test_what_two_stuck_groups_have_in_common_is_named() -> None:
+    finding = Picture().draw(
+        [("x", {0: waits(4), 1: waits(4)}), ("y", {1: waits(2), 2: waits(2)})],
+    ).finding()  # fmt: skip
+    assert finding is not None
+    assert (finding.culprit.scope, finding.culprit.nodes) == (Scope.NODE, ("n1",))
+
+
+def test_on_a_gpu_the_first_on_the_stream_is_what_hangs() -> None:
+    """All are enqueued in both groups; in y only after x."""
+    picture = Picture(enqueued=True).draw(
+        [("x", {0: waits(4), 1: waits(4)}), ("y", {1: waits(2), 2: waits(2)})],
+        waiting_s={("x", 0): 9.0, ("x", 1): 9.0, ("y", 1): 8.0, ("y", 2): 9.0},
+    )
+    finding = picture.finding()
+    assert finding is not None
+    assert finding.culprit.nodes == ("n0", "n1")
+    assert "stuck kernel" in finding.sentence
+
+
+def test_a_circle_is_the_program_s() -> None:
+    finding = Picture().draw(
+        [("x", {0: waits(4), 1: past(3)}), ("y", {0: past(1), 1: waits(2)})]
+    ).finding()  # fmt: skip
+    assert finding is not None
+    assert finding.kind is Kind.NON_COMMUNICATION_HANG
+    assert "in a circle" in finding.sentence
+    assert finding.confidence <= 0.5
+
+
+def test_from_a_silent_node_nothing_follows() -> None:
+    members = {0: waits(7), 1: waits(7), 2: past(6)}
+    assert Picture().draw([("dp", members)], silent=(2,)).finding() is None
+
+
+def test_ranks_that_were_never_heard_of_are_unknown() -> None:
+    picture = Picture()
+    sketch = Sketch(
+        "job", 1, "n0", 1, STOPPED_AT, (7,), (6,), parts=(Part("dp", 2, (0,)),)
+    )  # fmt: skip
+    for at in (STOPPED_AT, NOW):
+        picture.table.observe(sketch, at, 0.0, 0.0)
+        picture.table.flush()
+    assert picture.finding() is None
+
+
+def test_a_rank_that_goes_on_in_another_group_is_not_hung() -> None:
+    picture = Picture().draw([("dp", {0: waits(7), 1: past(6)}), ("own", {1: past(100)})])
+    picture.draw([("dp", {0: waits(7), 1: past(6)}), ("own", {1: past(101)})], at=NOW - 0.5)
+    assert picture.finding() is None
+
+
+def test_all_that_stopped_and_wait_for_nobody_are_idle() -> None:
+    picture = Picture().draw([("dp", {0: past(7), 1: past(7)})])
+    assert picture.finding() is None
+    assert all_idle(picture.table, 5.0, 5.0, NOW)
+    assert not all_idle(picture.table, 15.0, 5.0, NOW)
+
+
+def test_a_sketch_that_does_not_fit_is_asked_for_again() -> None:
+    table = Table()
+    assert not table.observe(Sketch("job", 1, "n0", 1, 0.0, (1,), (1,)), 0.0, 0.0, 0.0)
+    parts = (Part("dp", 2, (0, 1)),)
+    assert not table.observe(Sketch("job", 1, "n0", 1, 0.0, (1,), (1,), parts=parts), 0.0, 0.0, 0.0)
+
+
+def test_a_group_with_too_many_ranks_is_refused() -> None:
+    sketch = Sketch("job", 1, "n0", 1, 0.0, (1, 1), (1, 1), parts=(Part("dp", 1, (0, 1)),))
+    with pytest.raises(ProtocolError, match="rank 1 cannot be in group dp"):
+        Table().observe(sketch, 0.0, 0.0, 0.0)
