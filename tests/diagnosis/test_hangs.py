@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from math import nan
+from typing import Any
 
+import numpy as np
 import pytest
 
-from ckptd.coordinator.diagnosis import explain
+from ckptd.coordinator.diagnosis import explain, hangs
 from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
 from ckptd.coordinator.diagnosis.table import Table
@@ -85,18 +87,33 @@ def test_the_rank_that_has_not_entered() -> None:
     assert "rank 2 on node n2 has not entered operation 7 of group dp" in finding.sentence
 
 
+CHAIN: list[Group] = [
+    ("a", {0: waits(3), 1: waits(3), 2: past(2)}),
+    ("b", {2: waits(9), 4: past(8)}),
+    ("c", {4: waits(5), 5: past(4)}),
+]
+"""0 and 1 wait for 2 in a; 2 waits for 4 in b; 4 waits for 5 in c; 5 waits for nobody."""
+
+
 def test_who_is_late_because_it_waits_elsewhere_is_a_victim() -> None:
-    """0 and 1 wait for 2 in a; 2 waits for 4 in b; 4 waits for 5 in c; 5 waits for nobody."""
-    finding = Picture().draw(
-        [
-            ("a", {0: waits(3), 1: waits(3), 2: past(2)}),
-            ("b", {2: waits(9), 4: past(8)}),
-            ("c", {4: waits(5), 5: past(4)}),
-        ]
-    ).finding()  # fmt: skip
+    finding = Picture().draw(CHAIN).finding()
     assert finding is not None
     assert finding.culprit.ranks == (5,)
     assert finding.victims == 4
+
+
+def test_without_wait_chains_victims_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutation: whoever has not entered is blamed, though it waits elsewhere."""
+
+    class Shortsighted(hangs._View):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.waits_anywhere = np.zeros_like(self.waits_anywhere)
+
+    monkeypatch.setattr(hangs, "_View", Shortsighted)
+    finding = Picture().draw(CHAIN).finding()
+    assert finding is not None
+    assert finding.culprit.ranks == (2, 4, 5)
 
 
 def test_two_that_hang_on_one_node_of_two_are_the_node() -> None:

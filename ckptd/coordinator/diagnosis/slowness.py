@@ -51,7 +51,7 @@ class History:
         self._job_is_slow = False
         self._transfers = Baselines(thresholds)
         self._paces = Baselines(thresholds)
-        self._slow_paces: deque[float] = deque(maxlen=thresholds.slow_windows + 2)
+        self._slow_paces: deque[float] = deque(maxlen=thresholds.slow_windows)
         self._usual_paces: deque[float] = deque(maxlen=thresholds.history_windows)
 
     @property
@@ -79,23 +79,20 @@ class History:
             self._excess.clear()
         self._excess.append(window.excess)
         self._errors.append(window.error)
-        deviation = self._deviation()
+        deviation = _deviation(self._deviations)
         recent = list(self._excess)[-limits.slow_windows :]
         latest = _median(recent)
         least = max(limits.slow_fraction, 2 * max(self._errors))
-        needed = max(least, limits.slow_deviations * deviation)
-        strength = latest / needed
+        strength = self._strength(latest, max(least, limits.slow_deviations * deviation))
         if len(self._excess) == limits.slow_long_windows:
-            # Mean over many windows, the two extremes left out: noise averages out, a cause stays.
-            trimmed = np.sort(np.stack(self._excess), axis=0)[1:-1]
-            steady = limits.slow_deviations * deviation / np.sqrt(len(trimmed)) * 1.5
-            strength = np.fmax(strength, trimmed.mean(axis=0) / max(least, steady))
+            # Over many windows noise averages out, and a cause stays. A median has 1.25 times the
+            # deviation of a mean.
+            steady = 1.25 * limits.slow_deviations * deviation / limits.slow_long_windows**0.5
+            lasting = self._strength(_median(list(self._excess)), max(least, steady))
+            strength = np.fmax(strength, lasting)
         if len(recent) < limits.slow_windows or self.is_learning:
             strength = np.zeros(len(latest))
         self._hint = _largest(strength)
-        # In synchronous training the slowest sets the pace: what its victims seem to lack is an
-        # error of measurement that grows with it, and lesser stragglers cost nothing.
-        strength = np.where(latest < limits.slow_next * _largest(latest), 0.0, strength)
         bars = np.ones(len(strength))
         named = [rank for rank in self._slow_ranks if rank < len(bars)]
         bars[named] = limits.slow_over
@@ -108,6 +105,16 @@ class History:
         known = np.nan_to_num(strength, nan=limits.slow_over)
         return {int(rank): float(known[rank]) for rank in slow}, np.nan_to_num(latest), deviation
 
+    def _strength(self, excess: Floats, needed: float) -> Floats:
+        """How many times what is needed.
+
+        In synchronous training the slowest sets the pace: what its victims seem to lack is an error
+        of measurement that grows with it, and lesser stragglers cost nothing. So these count as 0.
+        """
+        far_less = excess < self._limits.slow_next * _largest(excess)
+        strength: Floats = np.where(far_less, 0.0, excess / needed)
+        return strength
+
     def _remember(self, excess: Floats) -> None:
         """Deviations of ranks that are not slow tell what is usual."""
         usual = np.abs(excess)
@@ -115,9 +122,6 @@ class History:
         usual = usual[~np.isnan(usual)]
         stride = max(1, len(usual) // _RANKS_KEPT)
         self._deviations.append(usual[::stride])
-
-    def _deviation(self) -> float:
-        return _deviation(self._deviations)
 
     def _judge_transfers(
         self, window: Window

@@ -42,10 +42,11 @@ class Thresholds:
     """A rank that costs its peers less than this share of their time is not worth a finding."""
     slow_deviations: float = 6.0
     """And it must stand out by so many robust standard deviations of healthy windows."""
-    slow_windows: int = 3
-    """Windows in a row, in the median, for a finding, and for its end."""
+    slow_windows: int = 5
+    """Last windows whose median counts, for a finding and for its end: a single delay may fall
+    into two of them."""
     slow_long_windows: int = 12
-    """A weaker deviation counts when it is there in the mean of so many."""
+    """A weaker deviation counts when it is there in the median of so many."""
     slow_over: float = 0.5
     """A slow finding is over below this share of what would begin it."""
 
