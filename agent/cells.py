@@ -225,7 +225,7 @@ class Peers:
         """The node at an address."""
 
     def note_transfer(self, address: str, size_bytes: int, seconds: float) -> None:
-        """A cell at rest has come from there; small ones are latency, not rate, and do not count."""
+        """A cell at rest has come from there. Small ones do not count: they are latency."""
         if size_bytes < _TIMED_BYTES:
             return
         with self._mutex:

@@ -6,6 +6,8 @@ import click
 
 from ckptd.cli import options
 from ckptd.coordinator.decider import Settings
+from ckptd.coordinator.diagnosis import Thresholds
+from ckptd.coordinator.diagnosis.supervisor import OBSERVE, POLICIES, DiagnosisSettings
 from ckptd.coordinator.shell import CoordinatorConfig, run_coordinator
 from ckptd.logs import set_up_logs
 
@@ -59,6 +61,21 @@ from ckptd.logs import set_up_logs
     "rebuilt on other nodes' spare memory. 0: never.",
 )
 @click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default=OBSERVE,
+    show_default=True,
+    help="What is done about a job that hangs: only said, its trainers killed for their launchers "
+    "to start them anew, or also a node taken out that is at fault twice.",
+)
+@click.option(
+    "--window",
+    type=click.FloatRange(0.1, 600),
+    default=Thresholds().window_min_s,
+    show_default=True,
+    help="Shortest time over which ranks are compared, in seconds.",
+)
+@click.option(
     "--announce",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the bound address to this file, for scripts that listen on port 0 (tcp://…:*).",
@@ -73,6 +90,8 @@ def command(
     beat: float,
     lease: float,
     rebuild_after: float,
+    policy: str,
+    window: float,
     announce: Path | None,
     key_file: Path | None,
     log_level: str,
@@ -93,5 +112,8 @@ def command(
             f"--parity-shards {parity_shards} must be fewer than --group-nodes {group_nodes}"
         )
     set_up_logs(log_level, log_json)
-    settings = Settings(cell_size, parity_shards, group_nodes, beat, lease, rebuild_after)
+    diagnosis = DiagnosisSettings(policy, Thresholds(window_min_s=window))
+    settings = Settings(
+        cell_size, parity_shards, group_nodes, beat, lease, rebuild_after, diagnosis=diagnosis
+    )
     run_coordinator(CoordinatorConfig(listen, settings, key_file, announce))

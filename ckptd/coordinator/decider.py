@@ -8,9 +8,17 @@ All times are monotonic seconds.
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptd.coordinator import again, choice, recovery, spare
+from ckptd.coordinator.diagnosis.supervisor import (
+    DiagnosisSettings,
+    Life,
+    Note,
+    Remember,
+    Supervisors,
+    Tell,
+)
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.state import (
     ENDED,
@@ -25,12 +33,15 @@ from ckptd.coordinator.state import (
 from ckptd.erasure import ZfecCodec, form_groups, parity_of_group
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
+from ckptd.journal import Body, Incident, Journal, Restarts
 from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member, is_ancestor
 from ckptd.wire import (
     Activate,
     AgentMessage,
     AskResumeFor,
     Beat,
+    Clock,
+    Collected,
     Commit,
     CoordinatorMessage,
     Dismiss,
@@ -42,6 +53,7 @@ from ckptd.wire import (
     Holds,
     LauncherWaiting,
     LifeResumed,
+    Looked,
     Protect,
     RankLeft,
     RankReport,
@@ -51,8 +63,10 @@ from ckptd.wire import (
     Record,
     ResumeWaits,
     SegmentReady,
+    Sketched,
     SnapshotFailed,
     TakeSnapshot,
+    Transferred,
     Undivide,
     Welcome,
     WhoAreYou,
@@ -81,6 +95,8 @@ class Settings:
     rebuilt on others' spare memory; 0: never."""
     settle_s: float | None = None
     """How long after the start there may be nodes yet unheard, in seconds; None: the lease."""
+    diagnosis: DiagnosisSettings = field(default_factory=DiagnosisSettings)
+    """Who is slow, who hangs, and what is done about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +124,8 @@ class Coordinator:
         self._peers: dict[bytes, str] = {}
         self._out: list[Send] = []
         self._awake_at = now
+        self.journal = Journal()
+        self.supervisors = Supervisors(settings.diagnosis, self._next_incident, self._restarts_of)
 
     # The two entries.
 
@@ -171,6 +189,8 @@ class Coordinator:
                     node.launchers.discard(message.job)
                 if message.job in self.jobs:
                     self._fill_vacancies(self.jobs[message.job], now)
+            case Sketched() | Looked() | Collected() | Clock() | Transferred():
+                self.supervisors.heard(name, message, now)
         return self._flush()
 
     def tick(self, now: float) -> list[Send]:
@@ -190,6 +210,7 @@ class Coordinator:
             self._rebuild_lost(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
+        self._diagnose(now)
         return self._flush()
 
     def next_deadline(self, now: float) -> float:
@@ -524,7 +545,45 @@ class Coordinator:
             life=message.life,
             step=message.step,
         )
+        saved = job.snapshots.get(job.resumed_from) if job.resumed_from is not None else None
+        saved_at = saved.created if saved is not None else None
+        self.supervisors.resumed(job.name, message.life, message.step, saved_at, now)
         self._try_ticket(job, now)
+
+    # Diagnosis.
+
+    def _diagnose(self, now: float) -> None:
+        """Have all jobs looked at, and do what follows."""
+        self.supervisors.tick([self._life(job) for job in self.jobs.values()], now)
+        for action in self.supervisors.take_actions():
+            match action:
+                case Tell():
+                    self._send(action.node, action.message)
+                case Note():
+                    self._event(now, action.kind, action.job, action.text, **action.fields)
+                case Remember():
+                    self._remember(action.body, now)
+
+    def _remember(self, body: Body, now: float) -> None:
+        """What must outlive this coordinator."""
+        self.journal.put(body)
+
+    def _life(self, job: Job) -> Life:
+        here = {rank: held for (r, rank), held in job.attachments.items() if r == job.round}
+        states = [held.state for held in here.values() if held.state.life == job.life]
+        whole = job.resumed and len(states) == job.world_size > 0
+        step = max((state.step for state in states), default=0)
+        trains = whole and not job.left and not job.finished
+        return Life(job.name, job.life, dict(job.members), step, trains)
+
+    def _next_incident(self) -> int:
+        bodies = [entry.body for entry in self.journal.entries]
+        return 1 + max((body.number for body in bodies if isinstance(body, Incident)), default=0)
+
+    def _restarts_of(self, job: str) -> Restarts | None:
+        bodies = [entry.body for entry in self.journal.entries]
+        found = [body for body in bodies if isinstance(body, Restarts) and body.job == job]
+        return found[-1] if found else None
 
     # Tickets and commit.
 

@@ -85,6 +85,7 @@ class CoordinatorProcess:
                 "running? Stop it, or choose another --listen"
             ) from error
         self._decider = Coordinator(self._config.settings, monotonic())
+        self._decider.supervisors.wall_s = time() - monotonic()
         endpoint = self._socket.last_endpoint.decode().rstrip("\0")
         if self._config.announce is not None:
             _announce(self._config.announce, endpoint)

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from typing import Any
 
@@ -39,6 +40,27 @@ class Data:
         self.random.setstate(state["random"])
 
 
+def waits_for_ever(first: bool) -> None:
+    """A deadlock."""
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def evaluates(first: bool) -> None:
+    """Busy, for as long as the test likes."""
+    while first and not os.path.exists(os.environ["EVALUATED"]):
+        sum(range(10_000))
+
+
+def dawdles(first: bool) -> None:
+    """A bit slower than the others, at each step."""
+    time.sleep(0.05)
+
+
+FAULTS = (waits_for_ever, evaluates, dawdles)
+
+
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     found = hashlib.sha256()
     for parameter in model.parameters():
@@ -60,6 +82,9 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=0, help="these ranks, without ckptd")
     parser.add_argument("--ddp", action="store_true", help="the ranks train one model together")
     parser.add_argument("--without", action="store_true", help="without ckptd")
+    parser.add_argument("--fault", choices=[each.__name__ for each in FAULTS], help="in life 1")
+    parser.add_argument("--fault-rank", type=int, default=1)
+    parser.add_argument("--fault-step", type=int, default=40)
     parser.add_argument("--unfreeze", type=int, default=0, help="at this step, on rank 1 only")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -69,9 +94,8 @@ def main() -> None:
         return
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        dist.init_process_group(
-            "gloo", init_method=os.environ["INIT"], rank=rank, world_size=world_size
-        )
+        init = os.environ.get("INIT", "env://")
+        dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
     train(args, rank, world_size)
 
 
@@ -112,6 +136,9 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
     for step in range(start, args.steps):
         if args.unfreeze and rank == 1 and step >= args.unfreeze:
             last.requires_grad_()
+        fault = None if ckpt is None or ckpt.life != 1 else args.fault
+        if fault and rank == args.fault_rank and step >= args.fault_step:
+            globals()[fault](step == args.fault_step)
         loss = model(data.next()).square().mean()
         if world_size > 1:
             dist.all_reduce(loss.detach().clone())
