@@ -574,7 +574,8 @@ class Coordinator:
         whole = job.resumed and len(states) == job.world_size > 0
         step = max((state.step for state in states), default=0)
         trains = whole and not job.left and not job.finished
-        return Life(job.name, job.life, dict(job.members), step, trains)
+        step_s = job.pacer.step_s or 0.0
+        return Life(job.name, job.life, dict(job.members), step, step_s, trains)
 
     def _next_incident(self) -> int:
         bodies = [entry.body for entry in self.journal.entries]

@@ -19,6 +19,8 @@ class IncidentRecord:
     life: int
     step: int
     at: float
+    step_s: float = 0.0
+    """How long a step took."""
     kind: str = ""
     culprit: str = ""
     ranks: tuple[int, ...] = ()

@@ -81,6 +81,8 @@ class Life:
     members: Mapping[int, str]
     """Rank to node."""
     step: int
+    step_s: float
+    """How long a step takes; 0: not known."""
     trains: bool
     """All ranks have loaded, and are there."""
 
@@ -141,7 +143,7 @@ class Supervisor:
 
     def __init__(self, job: str, parent: "Supervisors") -> None:
         self.job, self._parent = job, parent
-        self.life = Life(job, 0, {}, 0, True)
+        self.life = Life(job, 0, {}, 0, 0.0, True)
         self.detector = Detector(parent.settings.thresholds)
         self.case: _Case | None = None
         self.slow: dict[int, IncidentRecord] = {}
@@ -208,7 +210,10 @@ class Supervisor:
             return
         record, wall = case.record, self._parent.wall_s
         since = case.finding.since
-        record.lost_work_s = None if saved_at is None else max(0.0, since - saved_at)
+        if saved_at is not None:
+            # The last progress that was seen may be a moment before the last that was made.
+            steps_s = (record.step - step) * record.step_s
+            record.lost_work_s = max(0.0, since - saved_at, steps_s)
         record.restart_s = now - case.killed_at
         record.over_at = now + wall
         record.say(now + wall, f"life {life} trains again, from step {step}")
@@ -267,9 +272,11 @@ class Supervisor:
 
     def _hang(self, finding: Finding, now: float) -> None:
         case = self.case
+        if case is not None and case.killed_at:
+            return  # its end is that of the life
         if finding.over:
             if case is not None:
-                if case.record is not None and not case.killed_at:
+                if case.record is not None:
                     case.record.over_at = now + self._parent.wall_s
                     case.record.say(now + self._parent.wall_s, "it is over by itself")
                     self._do(Remember(case.record.entry()))
@@ -428,6 +435,7 @@ class Supervisor:
             job=self.job,
             life=self.life.number,
             step=self.life.step,
+            step_s=self.life.step_s,
             at=finding.since + wall,
         )
         record.describe(finding)
