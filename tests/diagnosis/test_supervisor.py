@@ -69,6 +69,9 @@ class Job:
         for each in self.nodes.values():
             each.learn(GroupInfo("0", (0, 1), "gloo"))
         self.seq = 0
+        self.whole: set[str] = set()
+        if self.life:
+            self.tick()
 
     def run(self, steps: int, hung: bool = False) -> None:
         """`hung`: rank 0 enters one more operation, and then nothing happens."""
@@ -81,7 +84,9 @@ class Job:
                         node.add(self._record(rank, ended=not hung))
                 self.step += not hung
             for name, node in self.nodes.items():
-                self.all.heard(name, Sketched(node.sketch(self.now + WALL_S)), self.now)
+                sketch = node.sketch(self.now + WALL_S, name in self.whole)
+                self.whole.discard(name)
+                self.all.heard(name, Sketched(sketch), self.now)
             self.tick()
 
     def _record(self, rank: int, ended: bool) -> Collective:
@@ -91,7 +96,7 @@ class Job:
     def tick(self, attached: bool = True) -> None:
         members = {0: "n0", 1: "n1"}
         life = Life(JOB, self.life, members, self.step, STEP_S, attached)
-        self.all.tick([life], self.now)
+        self.all.tick([life] if self.life else [], self.now)
         for action in self.all.take_actions():
             if isinstance(action, Note):
                 self.notes.append(action)
@@ -103,6 +108,8 @@ class Job:
 
     def _obey(self, action: Tell) -> None:
         match action.message:
+            case TellAll():
+                self.whole.add(action.node)
             case LookAt() as order:
                 looks = {1: self.does} if action.node == "n1" and 1 in order.ranks else {}
                 answer = Looked(JOB, order.life, order.finding, looks)
@@ -113,9 +120,8 @@ class Job:
 
     def resume(self, from_step: int, saved_at: float) -> None:
         self.life += 1
-        self._begin()
         self.step = from_step
-        self.tick()
+        self._begin()
         self.all.resumed(JOB, self.life, from_step, saved_at, self.now)
         self.tick()
 
