@@ -73,6 +73,7 @@ from ckptd.wire import (
 )
 
 _REPEAT_WAITING_S = 2.0
+_DIAGNOSE_EVERY_S = 0.2
 _DISAGREE_S = 1.0  # ranks that change together report within moments of each other
 
 
@@ -125,6 +126,7 @@ class Coordinator:
         self._out: list[Send] = []
         self._awake_at = now
         self.journal = Journal()
+        self._diagnose_at = now
         self.supervisors = Supervisors(settings.diagnosis, self._next_incident, self._restarts_of)
 
     # The two entries.
@@ -553,7 +555,10 @@ class Coordinator:
     # Diagnosis.
 
     def _diagnose(self, now: float) -> None:
-        """Have all jobs looked at, and do what follows."""
+        """Have all jobs looked at, now and then, and do what follows."""
+        if now < self._diagnose_at:
+            return
+        self._diagnose_at = now + _DIAGNOSE_EVERY_S
         self.supervisors.tick([self._life(job) for job in self.jobs.values()], now)
         for action in self.supervisors.take_actions():
             match action:
