@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -37,6 +38,7 @@ from ckptd.wire import (
     Payload,
     PeerReply,
     PeerRequest,
+    Transfer,
     encode,
 )
 
@@ -54,6 +56,7 @@ _SENT_AT_ONCE = 4
 _UNSENT_BYTES = 256 << 10
 _STALL_S = 0.2
 _LEAST_BYTES_PER_S = 64 << 10
+_TIMED_BYTES = 256 << 10
 
 EncodedRow = Callable[[GetEncoded], bytes | memoryview]
 DecodedCell = Callable[[GetDecoded | GetRecoded], bytes | memoryview]
@@ -217,6 +220,24 @@ class Peers:
         self._idle: dict[str, list[socket.socket]] = {}
         self._silent_until: dict[str, float] = {}
         self._replies: Decoder[PeerReply] = Decoder(PeerReply, _FRAME_LIMIT_BYTES)
+        self._moved: dict[str, tuple[int, int, float]] = {}
+        self.name_of: Callable[[str], str] = str
+        """The node at an address."""
+
+    def note_transfer(self, address: str, size_bytes: int, seconds: float) -> None:
+        """A cell at rest has come from there. Small ones do not count: they are latency."""
+        if size_bytes < _TIMED_BYTES:
+            return
+        with self._mutex:
+            cells, total_bytes, total_s = self._moved.get(address, (0, 0, 0.0))
+            self._moved[address] = cells + 1, total_bytes + size_bytes, total_s + seconds
+
+    def take_transfers(self) -> tuple[Transfer, ...]:
+        """By node, what has come since this was last asked; of nodes whose names are known."""
+        with self._mutex:
+            moved, self._moved = self._moved, {}
+        named = {self.name_of(address): each for address, each in moved.items()}
+        return tuple(Transfer(node, *each) for node, each in named.items() if ":" not in node)
 
     def close(self) -> None:
         with self._mutex:
@@ -240,8 +261,11 @@ class Peers:
         """
         with self._connection(address) as conn:
             conn.settimeout(timeout_s)
+            began = time.monotonic()
             payload = self._ask(conn, address, request, len(into))
             _receive_into(conn, into[: payload.length_bytes])
+            if isinstance(request, GetCell | GetParity):  # others wait for what is computed
+                self.note_transfer(address, payload.length_bytes, time.monotonic() - began)
             return payload.length_bytes, payload.digest
 
     @contextmanager
@@ -363,10 +387,17 @@ class Pipeline:
     def __init__(self, peers: Peers, conn: socket.socket, address: str) -> None:
         self._peers, self._conn, self._address = peers, conn, address
         self.unanswered = 0
+        self._free_at = time.monotonic()
+        """Since when the connection had nothing else to do than the oldest request."""
+        self._timed: deque[bool] = deque()
+        """For each request without an answer, whether its answer lies ready over there."""
 
     def ask(self, request: PeerRequest) -> None:
         """Send a request. Raises OSError."""
+        if not self.unanswered:
+            self._free_at = time.monotonic()
         self.unanswered += 1
+        self._timed.append(isinstance(request, GetCell | GetParity))
         _send_frame(self._conn, request)
 
     def answer(self, into: memoryview) -> tuple[int, int]:
@@ -375,8 +406,13 @@ class Pipeline:
             payload = self._peers.reply(self._conn, self._address, len(into))
         except Gone:
             self.unanswered -= 1
+            self._timed.popleft()
             raise
         _receive_into(self._conn, into[: payload.length_bytes])
+        now = time.monotonic()
+        if self._timed.popleft():
+            self._peers.note_transfer(self._address, payload.length_bytes, now - self._free_at)
+        self._free_at = now
         self.unanswered -= 1
         return payload.length_bytes, payload.digest
 

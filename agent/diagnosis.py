@@ -7,7 +7,7 @@ folders.
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -15,7 +15,7 @@ import structlog
 from ckptd.agent import incident, witness
 from ckptd.agent.watcher import Pace, TrainerView, Watcher
 from ckptd.collectives import Collective, GroupInfo
-from ckptd.watching import Observed, trainers_dir
+from ckptd.watching import Introduction, Observed, trainers_dir
 
 _SAY_EVERY_S = 1.0
 _RANKS_LIMIT = 1024
@@ -72,10 +72,14 @@ class Diagnosis:
         self, job: str, apart_s: float = 1.0
     ) -> list[tuple[witness.Sample, witness.Sample]]:
         """Two samples of each trainer of the job on this node, all at the same time."""
+        return await self.look_twice_at([view.introduction for view in self.views(job)], apart_s)
+
+    async def look_twice_at(
+        self, shown: Sequence[Introduction], apart_s: float = 1.0
+    ) -> list[tuple[witness.Sample, witness.Sample]]:
+        """Two samples of each of these trainers, all at the same time."""
         directory = self._watcher.directory
-        looks = [
-            witness.sample_twice(view.introduction, directory, apart_s) for view in self.views(job)
-        ]
+        looks = [witness.sample_twice(told, directory, apart_s) for told in shown]
         return list(await asyncio.gather(*looks))
 
     async def collect(self, job: str, reason: str, apart_s: float = 1.0) -> Path:

@@ -17,6 +17,7 @@ from ckptd.wire import (
     AgentToLauncher,
     AgentToTrainer,
     CoordinatorMessage,
+    DiagnosisOrder,
     LauncherMessage,
     Source,
     TrainerMessage,
@@ -226,6 +227,13 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnose:
+    """Look at trainers, collect evidence, or kill them: `ckptd.agent.reports` does it."""
+
+    order: DiagnosisOrder
+
+
+@dataclass(frozen=True, slots=True)
 class Allocate:
     """Make a slot file: answered by Allocated or AllocationFailed."""
 
@@ -331,6 +339,7 @@ class Fetch:
 Action = (
     Report
     | Tell
+    | Diagnose
     | Allocate
     | CheckSegment
     | Release

@@ -21,6 +21,7 @@ from ckptd.wire import (
     AgentMessage,
     AgentToLauncher,
     AgentToTrainer,
+    AskClock,
     AskEntries,
     AskResume,
     AskResumeFor,
@@ -28,6 +29,7 @@ from ckptd.wire import (
     Attached,
     Beat,
     CaptureFailed,
+    Collect,
     Commit,
     Detach,
     Detached,
@@ -43,9 +45,11 @@ from ckptd.wire import (
     Holding,
     Holds,
     KeepEntries,
+    KillWorkers,
     LauncherWaiting,
     LayoutOpened,
     LifeResumed,
+    LookAt,
     OpenLayout,
     Outcome,
     Outdated,
@@ -71,6 +75,7 @@ from ckptd.wire import (
     SnapshotFailed,
     Source,
     TakeSnapshot,
+    TellAll,
     Ticket,
     Undivide,
     WaitForWork,
@@ -452,6 +457,8 @@ class Lifecycle:
                 self._free_snapshot(message.id)
             case Forget() as message:
                 self._forget(message.job)
+            case LookAt() | Collect() | KillWorkers() | AskClock() | TellAll() as message:
+                self._do(ev.Diagnose(message))
             case Activate() as message:
                 for conn, job in list(self.launchers.items()):
                     if job == message.job:

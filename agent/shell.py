@@ -26,11 +26,11 @@ from ckptd.agent.buffers import give_large_buffers_back
 from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
 from ckptd.agent.decode import CellDecoder, DecodeService, source_when_protected
-from ckptd.agent.diagnosis import Diagnosis
 from ckptd.agent.fetch import SegmentFetch
 from ckptd.agent.lifecycle import Identity, Lifecycle, Use
 from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
+from ckptd.agent.reports import Reports
 from ckptd.agent.scrub import Scrubber, ScrubStats
 from ckptd.agent.store import Store
 from ckptd.config import ENV_ERASURE_ENGINE, erasure_engine
@@ -40,7 +40,6 @@ from ckptd.errors import CkptdError, ConfigError, Gone, ProtocolError
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey, check_bind
 from ckptd.manifest import JobManifest
-from ckptd.watching import Observed
 from ckptd.wire import (
     TRAINER_FRAME_LIMIT_BYTES,
     Decoder,
@@ -83,6 +82,7 @@ class Agent:
         self._reader = CellReader(config.node, self._store, self._peers)
         self._runs: dict[SnapshotId, EncodeRun] = {}
         self._peer_cells: dict[str, str] = {}
+        self._peers.name_of = self._reader.damage.name
         self._decode_service = DecodeService(self._reader, self._manifest_of)
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="ckptd-work")
         self._local: dict[int, LocalConnection] = {}
@@ -92,8 +92,13 @@ class Agent:
         )
         self._orders: Decoder[Order] = Decoder(Order)
         self._bad_messages: set[str] = set()
-        self._diagnosis = Diagnosis(
-            config.node, config.socket, self._observed, lambda text: self._handle(ev.Trouble(text))
+        self._reports = Reports(
+            config.node,
+            config.socket,
+            lambda message: self._carry_out(ev.Report(message)),
+            lambda text: self._handle(ev.Trouble(text)),
+            self._pidfds,
+            self._peers,
         )
         self._stopping = asyncio.Event()
         self._wake = asyncio.Event()
@@ -171,7 +176,7 @@ class Agent:
             for work in (
                 self._receive_orders,
                 lambda: self._watch_connection(monitor),
-                self._diagnosis.run,
+                self._reports.run,
                 self._keep_time,
             )
         ]
@@ -279,8 +284,12 @@ class Agent:
             self._bad_messages.add(text)
             log.warning("message dropped", error=text)
 
-    def _observed(self, observed: Observed) -> None:
-        """Timing records of a trainer of this node: what the detector shall get."""
+    def _pidfds(self, job: str, life: int) -> list[int]:
+        """The attached trainers of a life of a job."""
+        trainers = self._lifecycle.trainers.values()
+        numbers = [each.conn for each in trainers if (each.job, each.life) == (job, life)]
+        conns = [self._local[number] for number in numbers if number in self._local]
+        return [conn.pidfd for conn in conns if conn.pidfd is not None]
 
     # The Unix socket.
 
@@ -378,6 +387,8 @@ class Agent:
                 if self._lifecycle.connected:
                     sent = self._control.send(encode(action.message), zmq.DONTWAIT)
                     sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+            case ev.Diagnose():
+                self._reports.order(action.order)
             case ev.Tell():
                 self._send_local(action.conn, encode(action.message))
             case ev.KeepTerm():

@@ -75,6 +75,10 @@ class Restarts(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
     faults: tuple[str, ...]
     broken: str = ""
     """Why it is not restarted any more, if so."""
+    steps: tuple[Count, ...] = ()
+    """The step of each."""
+    nodes: tuple[tuple[NodeId, ...], ...] = ()
+    """The nodes at fault of each."""
 
     @property
     def about(self) -> str:

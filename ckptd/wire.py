@@ -12,9 +12,10 @@ from ckptd.errors import ProtocolError
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
 from ckptd.journal import Entry, LogSummary
 from ckptd.manifest import Extent, JobManifest, JobRecord
+from ckptd.sketches import Sketch
 from ckptd.terms import Obeyed
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 FRAME_LIMIT_BYTES = 64 << 20
 TRAINER_FRAME_LIMIT_BYTES = 64 << 10  # one SEQPACKET datagram
 
@@ -393,6 +394,68 @@ class Entries(Message, frozen=True):
     entries: tuple[Entry, ...]
 
 
+class Sketched(Message, frozen=True):
+    """How far the ranks of a node have come in their collectives."""
+
+    sketch: Sketch
+
+
+class Look(msgspec.Struct, frozen=True, array_like=True):
+    """A trainer process at one instant. What could not be read is None."""
+
+    at: float
+    """Seconds since the epoch, by the node's clock."""
+    state: str | None
+    """The kernel's letter: "R", "S", "D", "T", "t", "Z"; "" for a process that is gone."""
+    cpu_s: float | None = None
+    """CPU time of all its threads."""
+    io_bytes: int | None = None
+    """Bytes moved, as far as it is worth a word: else as in the look before."""
+    stack: str | None = None
+    """Of its main thread, innermost call last."""
+
+
+class Looked(Message, frozen=True):
+    """Answer to LookAt: two looks at each of the ranks that are on this node."""
+
+    job: JobId
+    life: Count
+    finding: Count
+    looks: dict[int, tuple[Look, Look]]
+
+
+class Collected(Message, frozen=True):
+    """Answer to Collect: where the incident's folder is on this node, or the problem."""
+
+    job: JobId
+    life: Count
+    incident: Count
+    path: str
+    problem: str = ""
+
+
+class Clock(Message, frozen=True):
+    """Answer to AskClock, at once: the node's clock, in seconds since the epoch."""
+
+    asked: float
+    at: float
+
+
+class Transfer(msgspec.Struct, frozen=True, array_like=True):
+    """Cells that came from one node, since this was last said."""
+
+    source: NodeId
+    cells: Count
+    size_bytes: Count
+    seconds: float
+
+
+class Transferred(Message, frozen=True):
+    """How long transfers from other nodes took; the delay matrix is made of these."""
+
+    transfers: tuple[Transfer, ...]
+
+
 AgentMessage = (
     Hello
     | Beat
@@ -407,6 +470,11 @@ AgentMessage = (
     | LauncherWaiting
     | Outdated
     | Entries
+    | Sketched
+    | Looked
+    | Collected
+    | Clock
+    | Transferred
 )
 
 
@@ -561,6 +629,47 @@ class Activate(Message, frozen=True):
     job: JobId
 
 
+class TellAll(Message, frozen=True):
+    """Send a sketch with its whole layout: what an earlier one refers to is not known."""
+
+    job: JobId
+    life: Count
+
+
+class LookAt(Message, frozen=True):
+    """Look twice at those of these ranks that are on this node; answered by Looked."""
+
+    job: JobId
+    life: Count
+    finding: Count
+    ranks: tuple[Count, ...]
+
+
+class Collect(Message, frozen=True):
+    """Write an incident folder of all ranks of the life on this node; answered by Collected."""
+
+    job: JobId
+    life: Count
+    incident: Count
+    reason: str
+
+
+class KillWorkers(Message, frozen=True):
+    """Kill the trainers of this life on this node, stopped ones too: the launcher starts anew."""
+
+    job: JobId
+    life: Count
+    reason: str
+
+
+class AskClock(Message, frozen=True):
+    """What is the time? Answered by Clock, with `asked` as it is."""
+
+    asked: float
+
+
+DiagnosisOrder = TellAll | LookAt | Collect | KillWorkers | AskClock
+
 CoordinatorMessage = (
     Welcome
     | WhoAreYou
@@ -579,6 +688,11 @@ CoordinatorMessage = (
     | Drop
     | Forget
     | Activate
+    | TellAll
+    | LookAt
+    | Collect
+    | KillWorkers
+    | AskClock
 )
 
 

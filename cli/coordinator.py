@@ -6,6 +6,8 @@ import click
 
 from ckptd.cli import options
 from ckptd.coordinator.decider import Settings
+from ckptd.coordinator.diagnosis import Thresholds
+from ckptd.coordinator.diagnosis.supervisor import OBSERVE, POLICIES, DiagnosisSettings
 from ckptd.coordinator.shell import CoordinatorConfig, run_coordinator
 from ckptd.logs import set_up_logs
 
@@ -64,6 +66,21 @@ from ckptd.logs import set_up_logs
     "rebuilt on other nodes' spare memory. 0: never.",
 )
 @click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default=OBSERVE,
+    show_default=True,
+    help="What is done about a job that hangs: only said, its trainers killed for their launchers "
+    "to start them anew, or also a node taken out that is at fault twice.",
+)
+@click.option(
+    "--window",
+    type=click.FloatRange(0.1, 600),
+    default=Thresholds().window_min_s,
+    show_default=True,
+    help="Shortest time over which ranks are compared, in seconds.",
+)
+@click.option(
     "--announce",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the bound address to this file, for scripts that listen on port 0 (tcp://…:*).",
@@ -91,6 +108,8 @@ def command(
     lease: float,
     job_quota: int | None,
     rebuild_after: float,
+    policy: str,
+    window: float,
     announce: Path | None,
     take_over: bool,
     lease_file: Path | None,
@@ -124,5 +143,6 @@ def command(
         lease,
         rebuild_after_s=rebuild_after,
         job_quota_bytes=job_quota,
+        diagnosis=DiagnosisSettings(policy, Thresholds(window_min_s=window)),
     )
     run_coordinator(CoordinatorConfig(listen, settings, key_file, announce, take_over, lease_file))

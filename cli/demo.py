@@ -44,7 +44,7 @@ _MINIMUM_STEPS = 60
 )
 @options.as_json
 def command(steps: int, plot: str, script: Path | None, as_json: bool) -> None:
-    """Train, lose a process, a node, two nodes at once, and go on as if nothing had happened.
+    """Train, lose a process, a node, two nodes at once, hang, and go on as if nothing had happened.
 
     Everything is real and on this machine: a coordinator, four nodes and three spares as processes
     with memory and addresses of their own, torchrun, FSDP2. At the end the same training runs
@@ -73,7 +73,10 @@ def command(steps: int, plot: str, script: Path | None, as_json: bool) -> None:
     try:
         with (
             LocalCluster(
-                coordinator_flags=["--cell-size", _CELLS, "--lease", "3"],
+                coordinator_flags=[
+                    *("--cell-size", _CELLS, "--lease", "3"),
+                    *("--policy", "restart", "--window", "0.5"),
+                ],
                 agent_flags=["--memory-limit", "512MiB"],
                 environ={"PYTHONUNBUFFERED": "1"},
             ) as cluster,
@@ -116,6 +119,10 @@ def _print(console: Console, result: Result, picture: Path | None) -> None:
             "[green]equal[/]" if fault.equal else "[bold red]DIFFERENT[/]",
         )
     console.print(table)
+    slow = result.slowness
+    if slow is not None:
+        mark = "[green]right[/]" if slow.right else "[bold red]WRONG[/]"
+        console.print(f"{slow.what}: named after {slow.named_s:.1f} s: {slow.named} ({mark})")
     if result.different_steps:
         console.print(f"[bold red]different losses at steps {result.different_steps}[/]")
     else:

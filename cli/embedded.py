@@ -19,6 +19,7 @@ from ckptd.agent.shell import Agent
 from ckptd.cli import options
 from ckptd.cli.agent import default_memory_limit
 from ckptd.coordinator.decider import Settings
+from ckptd.coordinator.diagnosis.supervisor import RESTART, DiagnosisSettings
 from ckptd.coordinator.shell import CoordinatorConfig, CoordinatorProcess
 from ckptd.errors import ConfigError
 from ckptd.ids import check_node_id
@@ -113,7 +114,8 @@ async def _serve(
     config: AgentConfig, where: Places, lock: int, idle_s: float, ready: int | None
 ) -> None:
     # Its one agent passes all questions on: nobody is left to wait for.
-    coordinator = CoordinatorProcess(CoordinatorConfig(where.coordinator, Settings(settle_s=0.0)))
+    settings = Settings(settle_s=0.0, diagnosis=DiagnosisSettings(policy=RESTART))
+    coordinator = CoordinatorProcess(CoordinatorConfig(where.coordinator, settings))
     agent = Agent(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, agent.stop)

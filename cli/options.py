@@ -106,6 +106,10 @@ class Command(click.Command):
             sys.exit(1)
 
 
+class Group(Command, click.Group):
+    """A verb with verbs of its own."""
+
+
 def _known_coordinator() -> str:
     where = places()
     return where.coordinator if where.running() else _DEFAULT_COORDINATOR

@@ -1,6 +1,6 @@
 """The pictures: the demo's loss over time with the faults marked, and what the benches found."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +91,20 @@ def plot_overhead(report: Report, path: Path) -> None:
         axes.set_title(f"ckptd at every step: {_training(report)}", loc="left")
 
 
+def plot_matrix(nodes: Sequence[str], rows: Sequence[Sequence[float | None]], path: Path) -> None:
+    """Write the PNG: seconds a GiB by source (row) and destination (column), as a heat map."""
+    with _figure(path, columns=1) as (axes,):
+        values = [[float("nan") if delay is None else delay for delay in row] for row in rows]
+        picture = axes.imshow(values, cmap="inferno")
+        axes.figure.colorbar(picture, label="seconds a GiB")
+        axes.set_xticks(range(len(nodes)), nodes, rotation=45)
+        axes.set_yticks(range(len(nodes)), nodes)
+        axes.set_xlabel("to")
+        axes.set_ylabel("from")
+        axes.set_title("Transfers between agents")
+        axes.grid(visible=False)
+
+
 def _training(report: Report) -> str:
     size = report.training.state_bytes / 2**20
     return f"{size:.0f} MiB of state, on {report.training.device}; median and quartiles"
@@ -123,8 +137,8 @@ def _figure(path: Path, columns: int) -> Iterator[tuple["Axes", ...]]:
     figure, axes = pyplot.subplots(
         1, columns, figsize=(11, 5.5), layout="constrained", squeeze=False
     )
-    yield tuple(axes[0])
     for each in axes[0]:
         each.grid(alpha=0.3)
+    yield tuple(axes[0])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -76,8 +76,10 @@ def render(document: Mapping[str, Any], address: str, job: str | None = None) ->
     parts: list[RenderableType] = [_header(document["coordinator"], address), Text()]
     parts.append(_nodes(document["nodes"], address))
     jobs = show.choose_jobs(document, job)
+    diagnosis = document.get("diagnosis") or {"policy": "", "jobs": {}}
     for one in jobs:
         parts += [Text(), _job(one, document["nodes"])]
+        parts += [_indented(text) for text in _health(diagnosis, one["job"], one["training"])]
     if not jobs:
         where, flags = ", on each of its nodes", "--agent SOCKET --"
         if address.startswith("ipc:"):  # the embedded one
@@ -170,6 +172,29 @@ def _job(job: Mapping[str, Any], nodes: list[dict[str, Any]]) -> RenderableType:
     else:
         parts.append(_indented(show.note("no snapshot yet")))
     return Group(*parts)
+
+
+def _health(diagnosis: Mapping[str, Any], job: str, training: bool) -> list[Text]:
+    """What diagnosis has found, or why it finds nothing."""
+    known = diagnosis["jobs"].get(job)
+    if known is None:
+        return []
+    found = []
+    for one in known["findings"]:
+        style = show.BAD if one["is_hang"] else show.WARN
+        found.append(show.note(f"{one['kind']} for {show.age(one['for_s'])}: {one['text']}", style))
+        if one["witness"]:
+            found.append(Text(f"  second witness: {one['witness']}", style))
+    if found:
+        found.append(Text("  `ckptd incidents` has more", show.PAST))
+    if known["restarts_stopped"]:
+        found.append(show.note(known["restarts_stopped"], show.BAD))
+    if training and known["unseen_ranks"]:
+        found.append(show.note(known["quiet_because"]))
+    elif training and not known["findings"]:
+        quiet = known["quiet_because"] or "no rank hangs or is slow"
+        found.append(Text(f"diagnosis  {quiet} · policy {diagnosis['policy']}", show.PAST))
+    return found
 
 
 def _indented(text: Text) -> Padding:

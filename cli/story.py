@@ -1,12 +1,17 @@
-"""The story that `ckptd demo` tells: train, lose processes and nodes, compare with a calm run."""
+"""The story that `ckptd demo` tells: train, lose processes and nodes, hang, compare with calm."""
 
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import time
 from typing import Any
+
+import psutil
 
 from ckptd.cli.local_cluster import ClusterError, LocalCluster
 
@@ -15,6 +20,9 @@ NODES = ("n1", "n2", "n3", "n4")
 SPARES = ("n5", "n6", "n7")
 _STEPS_BETWEEN_FAULTS = 6
 _RECOVERY_TIMEOUT_S = 120.0
+_ARMED_S = 100.0
+"""A hang time-out below this is one that was learnt from the job."""
+_STOPPED_S, _RUNS_S = 0.15, 0.05
 
 Tell = Callable[[str], None]
 
@@ -33,8 +41,24 @@ class Fault:
     resumed_from: int = 0
     rebuilt_cells: int = 0
     fetched_cells: int = 0
+    named: str = ""
+    """Who hangs, in the diagnosis's words, where that was to be found out."""
     equal: bool = False
     """Every loss of the life that followed is the calm run's."""
+
+
+@dataclass
+class Slowness:
+    """A rank that was slowed down, and how it was found. Times in seconds after that began."""
+
+    what: str
+    at: float
+    """Unix seconds."""
+    named_s: float = 0.0
+    named: str = ""
+    """Who is to blame, in the diagnosis's words."""
+    right: bool = False
+    """It is the one that was slowed down."""
 
 
 def count(number: int, what: str) -> str:
@@ -82,6 +106,7 @@ class Result:
     calm_digest: str
     compared_steps: int
     different_steps: list[int]
+    slowness: Slowness | None = None
 
     @property
     def equal(self) -> bool:
@@ -97,6 +122,7 @@ class Result:
         return {
             "equal": self.equal,
             "faults": [asdict(fault) for fault in self.faults],
+            "slowness": asdict(self.slowness) if self.slowness is not None else None,
             "compared_steps": self.compared_steps,
             "different_steps": self.different_steps,
             "final_digest": self.final_digest,
@@ -117,13 +143,16 @@ class Story:
         self._placed = list(NODES)
         """Nodes that run ranks now."""
         self.faults: list[Fault] = []
+        self.slowness: Slowness | None = None
 
     def run(self) -> Result:
         """The whole story. Raises ClusterError, with the ends of the logs, if it gets stuck."""
         self._start()
         self._kill_trainer()
+        self._stop_trainer()
         self._destroy(1)
         self._destroy(2)
+        self._slow_down()
         self._wait(f"step {self._steps}", self._digest_path.exists, 180.0)
         self._tell(f"trained to step {self._steps} through {len(self.faults)} faults")
         calm_losses, calm_digest = self._calm_run()
@@ -142,22 +171,72 @@ class Story:
         cluster.wait_for_nodes(len(NODES) + len(SPARES))
         arguments = self._torchrun("--nnodes=4", "--nproc-per-node=1")
         for node in NODES:
-            cluster.start_launcher(node, JOB, arguments)
+            cluster.start_launcher(node, JOB, arguments, "--timing")
         self._tell("training a byte-level transformer with FSDP2 over 4 ranks")
         self._wait_for_training(1, _STEPS_BETWEEN_FAULTS)
         for node in SPARES:
-            cluster.start_launcher(node, JOB, arguments, "--spare")
+            cluster.start_launcher(node, JOB, arguments, "--timing", "--spare")
         self._wait("three spares to wait", self._spares_waiting, 60.0)
 
     def _kill_trainer(self) -> None:
         node = self._placed[2]
         self._wait_for_training(1, _STEPS_BETWEEN_FAULTS)
-        trainer = self._cluster.trainers(node)
-        if not trainer:
-            raise ClusterError(f"no trainer runs on {node}")
+        trainer = self._trainer(node)
         fault = self._inject(f"trainer on {node} killed")
-        trainer[-1].kill()
+        trainer.kill()
         self._recover(fault, "rank_left", [node])
+
+    def _stop_trainer(self) -> None:
+        """It does not die, so nobody is told: only its peers say, who wait, that it hangs."""
+        node = self._placed[1]
+        self._wait_for_training(len(self.faults) + 1, _STEPS_BETWEEN_FAULTS)
+        self._wait("diagnosis to know the job", self._is_armed)
+        trainer = self._trainer(node)
+        fault = self._inject(f"trainer on {node} stopped")
+        trainer.send_signal(signal.SIGSTOP)
+        self._wait("the hang to be found", lambda: self._of_kind("restart_ordered", fault.at))
+        ordered = self._of_kind("restart_ordered", fault.at)[0]
+        incident = self._cluster.status()["incidents"][ordered["incident"] - 1]
+        fault.named = f"{incident['culprit']}: {incident['kind']}; {incident['witness']}"
+        self._tell(f"  {fault.named}")
+        self._tell(f"  all trainers killed after {ordered['time'] - fault.at:.1f} s, by itself")
+        self._recover(fault, "restart_ordered", [])
+
+    def _slow_down(self) -> None:
+        """One rank gets a part of its processor's time only: it goes on, and all wait for it."""
+        node = self._placed[1]
+        self._wait_for_training(len(self.faults) + 1, _STEPS_BETWEEN_FAULTS)
+        self._wait("diagnosis to know what is usual", self._has_learnt)
+        trainer = self._trainer(node)
+        found = self.slowness = Slowness(f"trainer on {node} slowed down", time())
+        self._tell(f"✗ {found.what} at step {self._losses().step}")
+        with _throttled(trainer):
+            self._wait("the straggler to be named", lambda: self._of_kind("slow", found.at))
+        event = self._of_kind("slow", found.at)[0]
+        incident = self._cluster.status()["incidents"][event["incident"] - 1]
+        found.named_s, found.named = event["time"] - found.at, incident["culprit"]
+        found.right = incident["nodes"] == [node]
+        self._tell(f"✓ named after {found.named_s:.1f} s: {found.named}; training went on")
+
+    def _trainer(self, node: str) -> psutil.Process:
+        trainers = self._cluster.trainers(node)
+        if not trainers:
+            raise ClusterError(f"no trainer runs on {node}")
+        return trainers[-1]
+
+    def _diagnosis(self) -> dict[str, Any]:
+        """What diagnosis knows of the life that runs; {} if it is not that yet."""
+        found: dict[str, Any] = self._cluster.status()["diagnosis"]["jobs"].get(JOB, {})
+        return found if found.get("life") == len(self.faults) + 1 else {}
+
+    def _is_armed(self) -> bool:
+        return float(self._diagnosis().get("hang_timeout_s", _ARMED_S)) < _ARMED_S
+
+    def _has_learnt(self) -> bool:
+        return bool(self._diagnosis().get("quiet_because", "not yet") == "")
+
+    def _of_kind(self, kind: str, since: float) -> list[dict[str, Any]]:
+        return [event for event in self._events(since) if event["kind"] == kind]
 
     def _destroy(self, count: int) -> None:
         victims = self._placed[:count]
@@ -185,9 +264,10 @@ class Story:
         life = len(self.faults) + 1
         self._wait(
             f"the loss of {', '.join(nodes)} to be noticed",
-            lambda: {e["node"] for e in self._events(fault.at) if e["kind"] == kind} >= {*nodes},
+            lambda: {e.get("node") for e in self._of_kind(kind, fault.at)} >= {*nodes},
         )
-        noticed = [e for e in self._events(fault.at) if e["kind"] == kind and e["node"] in nodes]
+        events = self._of_kind(kind, fault.at)
+        noticed = [event for event in events if not nodes or event["node"] in nodes]
         fault.noticed_s = max(event["time"] for event in noticed) - fault.at
         self._tell(f"  noticed after {fault.noticed_s:.1f} s")
         self._wait(f"life {life} to train", lambda: self._losses().of_life(life).rows)
@@ -243,7 +323,9 @@ class Story:
             after = losses.of_life(number + 2).rows
             fault.equal = bool(after) and not any(row[1] in different for row in after)
         digest = json.loads(self._digest_path.read_text())["sha256"]
-        return Result(self.faults, losses, digest, calm_digest, len(losses.rows), different)
+        return Result(
+            self.faults, losses, digest, calm_digest, len(losses.rows), different, self.slowness
+        )
 
     # Looking.
 
@@ -297,3 +379,25 @@ class Story:
             return check()
 
         self._cluster.wait(what, look, timeout_s)
+
+
+@contextlib.contextmanager
+def _throttled(process: psutil.Process) -> Iterator[None]:
+    """The process is stopped most of the time, for moments."""
+    over = threading.Event()
+
+    def stop_and_go() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while not over.is_set():
+                process.send_signal(signal.SIGSTOP)
+                over.wait(_STOPPED_S)
+                process.send_signal(signal.SIGCONT)
+                over.wait(_RUNS_S)
+
+    thread = threading.Thread(target=stop_and_go, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -69,7 +69,7 @@ def decoder() -> Decoder[Message]:
 
 def test_another_protocol_version_is_named(decoder: Decoder[Message]) -> None:
     """Before anything else: the rest of the frame may mean something else by then."""
-    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 3"):
+    with pytest.raises(ProtocolError, match="speaks protocol version 9, this ckptd speaks 4"):
         decoder.decode(b"ck\x09whatever")
 
 
@@ -82,7 +82,7 @@ def test_not_ours(decoder: Decoder[Message]) -> None:
 def test_too_large() -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage, limit_bytes=20)
     with pytest.raises(ProtocolError, match="of 21 bytes is over the limit of 20"):
-        decoder.decode(b"ck\x03".ljust(21))
+        decoder.decode(b"ck\x04".ljust(21))
 
 
 def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
@@ -93,7 +93,7 @@ def test_a_message_of_another_conversation(decoder: Decoder[Message]) -> None:
 def test_an_unknown_field_is_refused(decoder: Decoder[Message]) -> None:
     body = msgspec.msgpack.encode({"type": "Progress", "step": 1, "more": 2})
     with pytest.raises(ProtocolError, match="more"):
-        decoder.decode(b"ck\x03" + body)
+        decoder.decode(b"ck\x04" + body)
 
 
 def test_text_that_is_not_utf_8(decoder: Decoder[Message]) -> None:
@@ -116,7 +116,7 @@ def test_nested_without_end() -> None:
 @given(st.binary(max_size=80))
 def test_garbage(body: bytes) -> None:
     decoder: Decoder[Message] = Decoder(TrainerMessage)
-    for frame in (body, b"ck\x03" + body):
+    for frame in (body, b"ck\x04" + body):
         with suppress(ProtocolError):
             decoder.decode(frame)
 
@@ -136,6 +136,6 @@ def test_damaged_messages(data: st.DataObject) -> None:
 
 
 def test_a_frame_says_which_message_it_is() -> None:
-    assert encode(Progress(3)) == b"ck\x03" + msgspec.msgpack.encode(
+    assert encode(Progress(3)) == b"ck\x04" + msgspec.msgpack.encode(
         {"type": "Progress", "step": 3}
     )

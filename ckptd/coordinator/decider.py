@@ -8,10 +8,18 @@ All times are monotonic seconds.
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
 from ckptd.coordinator.claim import Claim, Stop, judge
+from ckptd.coordinator.diagnosis.supervisor import (
+    DiagnosisSettings,
+    Life,
+    Note,
+    Remember,
+    Supervisors,
+    Tell,
+)
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.replication import Messages, Replication
 from ckptd.coordinator.state import (
@@ -27,7 +35,7 @@ from ckptd.coordinator.state import (
 from ckptd.erasure import ZfecCodec, form_groups, parity_of_group
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
-from ckptd.journal import Body, Entry, Journal, Rollback
+from ckptd.journal import Body, Entry, Journal, Restarts, Rollback
 from ckptd.manifest import (
     Ancestor,
     Extent,
@@ -45,6 +53,8 @@ from ckptd.wire import (
     AskResumeFor,
     Beat,
     ClientOrder,
+    Clock,
+    Collected,
     Commit,
     CoordinatorMessage,
     Dismiss,
@@ -57,6 +67,7 @@ from ckptd.wire import (
     Holds,
     LauncherWaiting,
     LifeResumed,
+    Looked,
     Outdated,
     Present,
     Protect,
@@ -69,14 +80,17 @@ from ckptd.wire import (
     RemoveJob,
     ResumeWaits,
     SegmentReady,
+    Sketched,
     SnapshotFailed,
     TakeSnapshot,
+    Transferred,
     Undivide,
     Welcome,
     WhoAreYou,
 )
 
 _REPEAT_WAITING_S = 2.0
+_DIAGNOSE_EVERY_S = 0.2
 _DISAGREE_S = 1.0  # ranks that change together report within moments of each other
 
 
@@ -101,6 +115,8 @@ class Settings:
     """How long after the start there may be nodes yet unheard, in seconds; None: the lease."""
     job_quota_bytes: int | None = None
     """Most memory of one job on each node, in bytes, unless it has a quota of its own."""
+    diagnosis: DiagnosisSettings = field(default_factory=DiagnosisSettings)
+    """Who is slow, who hangs, and what is done about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +153,10 @@ class Coordinator:
         self._out: list[Send] = []
         self._process_began = self._awake_at = now
         self._ticked_at = now
+        self._diagnose_at = now
+        self.supervisors = Supervisors(
+            settings.diagnosis, lambda: self.journal.next_incident, self._restarts_of
+        )
 
     # The two entries.
 
@@ -216,6 +236,8 @@ class Coordinator:
                     node.launchers.discard(message.job)
                 if message.job in self.jobs:
                     self._fill_vacancies(self.jobs[message.job], now)
+            case Sketched() | Looked() | Collected() | Clock() | Transferred():
+                self.supervisors.heard(name, message, now)
         return self._flush()
 
     def tick(self, now: float) -> list[Send]:
@@ -241,6 +263,7 @@ class Coordinator:
             self._make_room(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
+        self._diagnose(now)
         return self._flush()
 
     def next_deadline(self, now: float) -> float:
@@ -662,7 +685,41 @@ class Coordinator:
             life=message.life,
             step=message.step,
         )
+        saved = job.snapshots.get(job.resumed_from) if job.resumed_from is not None else None
+        saved_at = saved.created if saved is not None else None
+        self.supervisors.resumed(job.name, message.life, message.step, saved_at, now)
         self._try_ticket(job, now)
+
+    # Diagnosis.
+
+    def _diagnose(self, now: float) -> None:
+        """Have all jobs looked at, now and then, and do what follows."""
+        if now < self._diagnose_at:
+            return
+        self._diagnose_at = now + _DIAGNOSE_EVERY_S
+        self.supervisors.tick([self._life(job) for job in self.jobs.values()], now)
+        for action in self.supervisors.take_actions():
+            match action:
+                case Tell():
+                    self._send(action.node, action.message)
+                case Note():
+                    self._event(now, action.kind, action.job, action.text, **action.fields)
+                case Remember():
+                    self.say(action.body, now)
+
+    def _life(self, job: Job) -> Life:
+        here = {rank: held for (r, rank), held in job.attachments.items() if r == job.round}
+        states = [held.state for held in here.values() if held.state.life == job.life]
+        whole = job.resumed and len(states) == job.world_size > 0
+        step = max((state.step for state in states), default=0)
+        trains = whole and not job.left and not job.finished
+        step_s = job.pacer.step_s or 0.0
+        return Life(job.name, job.life, dict(job.members), step, step_s, trains)
+
+    def _restarts_of(self, job: str) -> Restarts | None:
+        bodies = [entry.body for entry in self.journal.entries]
+        found = [body for body in bodies if isinstance(body, Restarts) and body.job == job]
+        return found[-1] if found else None
 
     # Tickets and commit.
 

@@ -107,6 +107,7 @@ class CoordinatorProcess:
             seen_term,
         )
         self._decider = Coordinator(self._config.settings, monotonic(), claim)
+        self._decider.supervisors.wall_s = time() - monotonic()
         if self._config.announce is not None:
             _announce(self._config.announce, endpoint)
         log.info(

@@ -5,9 +5,11 @@ from typing import Any
 from ckptd.coordinator import recovery
 from ckptd.coordinator.again import has_parity, is_at_home
 from ckptd.coordinator.decider import Coordinator
+from ckptd.coordinator.diagnosis.incidents import from_journal
 from ckptd.coordinator.leaving import waits_before_leaving
 from ckptd.coordinator.state import Job, Node, Snapshot, State
 from ckptd.erasure import default_parity, exposures
+from ckptd.journal import Incident
 
 
 def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[str, Any]:
@@ -27,6 +29,8 @@ def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[s
             _node(coordinator, name, node, now) for name, node in sorted(coordinator.nodes.items())
         ],
         "jobs": [_job(coordinator, job, now) for _, job in sorted(coordinator.jobs.items())],
+        "diagnosis": coordinator.supervisors.status(now),
+        "incidents": _incidents(coordinator),
         "events": [
             {
                 "time": event.at + wall_offset_s,
@@ -38,6 +42,14 @@ def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[s
             for event in coordinator.events
         ],
     }
+
+
+def _incidents(coordinator: Coordinator) -> list[dict[str, Any]]:
+    """Oldest first; of those that a coordinator before this one saw, what the journal has."""
+    bodies = [entry.body for entry in coordinator.journal.entries]
+    known = {body.number: from_journal(body) for body in bodies if isinstance(body, Incident)}
+    known.update(coordinator.supervisors.records)
+    return [record.as_json() for _, record in sorted(known.items())]
 
 
 def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from typing import Any
 
@@ -39,6 +40,28 @@ class Data:
         self.random.setstate(state["random"])
 
 
+def waits_for_ever() -> None:
+    """A deadlock."""
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def evaluates() -> None:
+    """Busy, for as long as the test likes."""
+    while os.path.exists(f"{os.environ['FAULTS']}/evaluates"):
+        sum(range(10_000))
+
+
+def dawdles() -> None:
+    """A bit slower than the others, at each step."""
+    time.sleep(0.05)
+
+
+FAULTS = (waits_for_ever, evaluates, dawdles)
+"""What a rank does while there is a file of that name in the directory FAULTS, in life 1."""
+
+
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     found = hashlib.sha256()
     for parameter in model.parameters():
@@ -61,6 +84,8 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=0, help="these ranks, without ckptd")
     parser.add_argument("--ddp", action="store_true", help="the ranks train one model together")
     parser.add_argument("--without", action="store_true", help="without ckptd")
+    parser.add_argument("--until", help="all ranks end once this file is there")
+    parser.add_argument("--faulty", type=int, default=-1, help="this rank does what FAULTS says")
     parser.add_argument("--unfreeze", type=int, default=0, help="at this step, on rank 1 only")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -70,9 +95,8 @@ def main() -> None:
         return
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
-        dist.init_process_group(
-            "gloo", init_method=os.environ["INIT"], rank=rank, world_size=world_size
-        )
+        init = os.environ.get("INIT", "env://")
+        dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
     train(args, rank, world_size)
 
 
@@ -114,9 +138,14 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
     for step in range(start, args.steps):
         if args.unfreeze and rank == 1 and step >= args.unfreeze:
             last.requires_grad_()
+        if rank == args.faulty and ckpt is not None and ckpt.life == 1:
+            for fault in FAULTS:
+                if os.path.exists(f"{os.environ['FAULTS']}/{fault.__name__}"):
+                    fault()
         loss = model(data.next()).square().mean()
+        over = torch.tensor(float(bool(args.until) and os.path.exists(args.until)))
         if world_size > 1:
-            dist.all_reduce(loss.detach().clone())
+            dist.all_reduce(over)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -128,6 +157,8 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
                 say(event="refused", kind=type(error).__name__, text=str(error))
                 sys.exit(3)
         say(step=step + 1, digest=digest(model, optimizer))
+        if over:
+            break
         time.sleep(args.step_s)
     if ckpt is not None:
         ckpt.close(finished=args.finish)

@@ -1,0 +1,640 @@
+"""From sketches to a job that runs again: finds, asks the second witness, keeps records, restarts.
+
+A hang goes through stages: suspected by the timing, looked at by the second witness (again and
+again, as long as that sees progress), then an incident, whose evidence is collected, decided by the
+policy, and, if so decided, the end of all trainers of the life, which their launchers start anew.
+Slowness is an incident, and never more.
+
+No IO, clock or randomness: what is to be done is returned by `take_actions`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptd.coordinator.diagnosis.clocks import Clocks
+from ckptd.coordinator.diagnosis.detector import Detector
+from ckptd.coordinator.diagnosis.finding import Finding
+from ckptd.coordinator.diagnosis.incidents import IncidentRecord
+from ckptd.coordinator.diagnosis.matrix import DelayMatrix
+from ckptd.coordinator.diagnosis.policy import Decision, Do, Policy, PolicyLimits, Restart
+from ckptd.coordinator.diagnosis.thresholds import Thresholds
+from ckptd.coordinator.diagnosis.witness import (
+    Judgement,
+    Sample,
+    Verdict,
+    WitnessLimits,
+    judge,
+)
+from ckptd.errors import ProtocolError
+from ckptd.journal import Body, Isolated, Restarts
+from ckptd.wire import (
+    AskClock,
+    Clock,
+    Collect,
+    Collected,
+    CoordinatorMessage,
+    KillWorkers,
+    Look,
+    LookAt,
+    Looked,
+    Sketched,
+    TellAll,
+    Transferred,
+)
+
+OBSERVE, RESTART, ISOLATE = "observe", "restart", "restart+isolate"
+POLICIES = (OBSERVE, RESTART, ISOLATE)
+_RECORDS_KEPT = 100
+_JOBS_LIMIT = 256
+_LOOK_PATIENCE_S = 8.0
+_LOOK_AGAIN_MAX_S = 15.0
+_COLLECT_PATIENCE_S = 8.0
+_REPEAT_KILL_S = 3.0
+_KILLS = 10
+_TELL_ALL_S = 0.5
+_SIGHT_S = 15.0
+_STACK_LINES_KEPT = 30
+
+
+@dataclass(frozen=True, slots=True)
+class DiagnosisSettings:
+    """How far diagnosis goes, and how sure it must be."""
+
+    policy: str = OBSERVE
+    """One of POLICIES."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    witness: WitnessLimits = field(default_factory=lambda: WitnessLimits(busy_share=0.1))
+    """The pulse, the worker server and the recorder's thread of a trainer run a little, too."""
+
+    @property
+    def limits(self) -> PolicyLimits:
+        return PolicyLimits(automatic=self.policy != OBSERVE, isolate=self.policy == ISOLATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What the coordinator knows of the life that a job is in."""
+
+    job: str
+    number: int
+    members: Mapping[int, str]
+    """Rank to node."""
+    step: int
+    step_s: float
+    """How long a step takes; 0: not known."""
+    trains: bool
+    """All ranks have loaded, and are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send an order to the agent of a node."""
+
+    node: str
+    message: CoordinatorMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Put something in the journal."""
+
+    body: Body
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that a person wants to know happened."""
+
+    kind: str
+    job: str
+    text: str
+    fields: dict[str, str | int | float] = field(default_factory=dict)
+
+
+Action = Tell | Remember | Note
+
+
+@dataclass(slots=True)
+class _Case:
+    """A hang, from the suspicion to its end."""
+
+    finding: Finding
+    asked_at: float = 0.0
+    """When the witness was asked; 0: it is to be asked at `look_at`."""
+    look_at: float = 0.0
+    looks: dict[int, tuple[Look, Look]] = field(default_factory=dict)
+    awaited: set[str] = field(default_factory=set)
+    """Nodes that have not answered yet."""
+    tries: int = 0
+    said: str = ""
+    """What the witness said last."""
+    judgement: Judgement | None = None
+    record: IncidentRecord | None = None
+    collect_until: float = 0.0
+    decided: Decision | None = None
+    killed_at: float = 0.0
+    kills: int = 0
+    repeat_at: float = 0.0
+
+
+class Supervisor:
+    """Watches one job, over its lives."""
+
+    def __init__(self, job: str, parent: "Supervisors") -> None:
+        self.job, self._parent = job, parent
+        self.life = Life(job, 0, {}, 0, 0.0, True)
+        self.detector = Detector(parent.settings.thresholds)
+        self.case: _Case | None = None
+        self.slow: dict[int, IncidentRecord] = {}
+        """By number of the finding: slowness that is not over."""
+        self._recovering: _Case | None = None
+        self._policy: Policy | None = None
+        self._wanted_at: dict[str, float] = {}
+        self._began_at = 0.0
+        self._heard_at: float | None = None
+
+    # What comes in.
+
+    def follow(self, life: Life, now: float) -> None:
+        """How the job stands. A new life begins with nothing known."""
+        if life.number != self.life.number:
+            self.detector = Detector(self._parent.settings.thresholds)
+            self._end_slow(now, "its life has ended")
+            self.case = None
+            self._wanted_at.clear()
+            self._began_at, self._heard_at = now, None
+        elif not self._began_at:
+            self._began_at = now
+        self.life = life
+
+    def sketched(self, node: str, message: Sketched, now: float) -> None:
+        sketch = message.sketch
+        if sketch.life != self.life.number or sketch.node != node:
+            return
+        offset = self._parent.clocks.offset(node, now)
+        try:
+            known = self.detector.observe(sketch, now, offset)
+        except ProtocolError as error:
+            self._parent.note_once("sketch_refused", self.job, f"{node}: {error}")
+            return
+        self._heard_at = now
+        if not known and now >= self._wanted_at.get(node, 0.0):
+            self._wanted_at[node] = now + _TELL_ALL_S
+            self._tell(node, TellAll(self.job, self.life.number))
+
+    def looked(self, node: str, message: Looked, now: float) -> None:
+        case = self.case
+        if case is None or message.life != self.life.number or not case.asked_at:
+            return
+        if message.finding != case.finding.number:
+            return
+        case.looks.update(message.looks)
+        case.awaited.discard(node)
+
+    def collected(self, node: str, message: Collected) -> None:
+        case = self.case
+        records = [*self.slow.values()]
+        if case is not None and case.record is not None:
+            records.append(case.record)
+        for record in records:
+            if record.number == message.incident:
+                record.folders[node] = message.path or message.problem
+        if case is not None and case.record is not None:
+            case.awaited.discard(node)
+
+    def resumed(self, life: int, step: int, saved_at: float | None, now: float) -> None:
+        """The job runs again. `saved_at`: when the snapshot that it went on from was taken."""
+        case = self._recovering
+        if case is None or case.record is None or life <= case.record.life:
+            return
+        record, wall = case.record, self._parent.wall_s
+        since = case.finding.since
+        if saved_at is not None:
+            # The last progress that was seen may be a moment before the last that was made.
+            steps_s = (record.step - step) * record.step_s
+            record.lost_work_s = max(0.0, since - saved_at, steps_s)
+        record.restart_s = now - case.killed_at
+        record.over_at = now + wall
+        record.say(now + wall, f"life {life} trains again, from step {step}")
+        self._recovering = None
+        self._do(Remember(record.entry()))
+        downtime_s = now - since
+        self._note(
+            "restarted",
+            f"incident {record.number}: {self.job} trains again from step {step}, "
+            f"{downtime_s:.1f} s after it stopped",
+            incident=record.number,
+            life=life,
+            step=step,
+            seconds=downtime_s,
+        )
+
+    def tick(self, now: float) -> None:
+        """Let time pass."""
+        if self.life.trains or self.case is not None:
+            for finding in self.detector.findings(now):
+                if finding.kind.is_hang:
+                    self._hang(finding, now)
+                else:
+                    self._slow(finding, now)
+        if self.case is not None:
+            self._proceed(self.case, now)
+
+    @property
+    def unseen(self) -> tuple[int, ...]:
+        """Ranks of which no collective was ever seen in this life."""
+        table = self.detector.table
+        return tuple(
+            rank
+            for rank in sorted(self.life.members)
+            if rank >= table.ranks or table.rank_node[rank] < 0
+        )
+
+    def quiet_because(self, now: float) -> str:
+        """Why nothing is found now; "" if it is because all is well, or something is."""
+        if not self.life.trains:
+            return "not all ranks train"
+        if self.unseen or self._heard_at is None:
+            # At the start, or for good: then the nodes' reasons say how to switch it on.
+            ranks = ", ".join(map(str, self.unseen[:8]))
+            which = f" of ranks {ranks}{' …' if len(self.unseen) > 8 else ''}" if ranks else ""
+            if now - self._began_at < _SIGHT_S:
+                return f"waiting for the first collectives{which}"
+            return (
+                f"collectives{which} are not seen, so no hang is found: start the job with "
+                "`ckptd run`, or make a Checkpointer before the first collective; a node may say "
+                "more"
+            )
+        return self.detector.quiet_because
+
+    # Hangs.
+
+    def _hang(self, finding: Finding, now: float) -> None:
+        case = self.case
+        if case is not None and case.killed_at:
+            return  # its end is that of the life
+        if finding.over:
+            if case is not None:
+                if case.record is not None:
+                    case.record.over_at = now + self._parent.wall_s
+                    case.record.say(now + self._parent.wall_s, "it is over by itself")
+                    self._do(Remember(case.record.entry()))
+                self._note("finding_over", f"over: {finding.sentence}", finding=finding.number)
+            self.case = None
+            return
+        if case is None or case.finding.number != finding.number:
+            self.case = _Case(finding, look_at=now)
+            self._note("hang_suspected", finding.sentence, finding=finding.number)
+        elif case.record is None:  # other ranks are suspected now
+            case.finding, case.asked_at, case.look_at = finding, 0.0, now
+
+    def _proceed(self, case: _Case, now: float) -> None:
+        if case.decided is not None:
+            if case.killed_at and now >= case.repeat_at and case.kills < _KILLS:
+                self._kill(case, now)
+        elif case.record is not None:
+            if not case.awaited or now >= case.collect_until:
+                self._decide(case, now)
+        elif not case.asked_at:
+            if now >= case.look_at:
+                self._ask_witness(case, now)
+        elif not case.awaited or now >= case.asked_at + _LOOK_PATIENCE_S:
+            self._hear_witness(case, now)
+
+    def _ask_witness(self, case: _Case, now: float) -> None:
+        ranks: dict[str, list[int]] = {}
+        for rank in case.finding.suspects:
+            ranks.setdefault(self._node_of(rank), []).append(rank)
+        case.asked_at, case.looks, case.awaited = now, {}, {node for node in ranks if node}
+        case.tries += 1
+        for node in sorted(case.awaited):
+            order = LookAt(
+                self.job, self.life.number, case.finding.number, tuple(sorted(ranks[node]))
+            )
+            self._tell(node, order)
+
+    def _hear_witness(self, case: _Case, now: float) -> None:
+        limits = self._parent.settings.witness
+        samples = {rank: _samples(looks) for rank, looks in case.looks.items()}
+        judgement = judge(case.finding, samples, now, limits)
+        case.judgement = judgement
+        if judgement.verdict is Verdict.HANGS:
+            self._open_incident(case, now)
+            return
+        text = f"{judgement.verdict.value}: {judgement.reason}"
+        if text != case.said:
+            case.said = text
+            self._note("witness", text, finding=case.finding.number)
+        pause_s = (judgement.look_again_s or limits.look_again_s) * 1.5 ** min(case.tries - 1, 10)
+        case.asked_at, case.look_at = 0.0, now + min(pause_s, _LOOK_AGAIN_MAX_S)
+
+    def _open_incident(self, case: _Case, now: float) -> None:
+        assert case.judgement is not None
+        case.finding = finding = self.detector.narrowed(case.finding, case.judgement.culprits)
+        record = case.record = self._record(finding, now)
+        record.detection_s = finding.found_at - finding.since
+        record.witness = case.judgement.reason
+        record.doing = {str(r): doing.value for r, doing in sorted(case.judgement.doing.items())}
+        culprits = finding.culprit.ranks or finding.suspects
+        record.stacks = {
+            str(rank): "\n".join(looks[1].stack.splitlines()[-_STACK_LINES_KEPT:])
+            for rank, looks in sorted(case.looks.items())
+            if rank in culprits and looks[1].stack
+        }
+        record.say(now + self._parent.wall_s, f"second witness: {case.judgement.reason}")
+        reason = f"{finding.kind.value}: {finding.sentence}; {case.judgement.reason}"
+        case.awaited = self._collect(record, reason)
+        case.collect_until = now + _COLLECT_PATIENCE_S
+
+    def _decide(self, case: _Case, now: float) -> None:
+        record = case.record
+        assert record is not None
+        wall = now + self._parent.wall_s
+        record.say(wall, f"evidence collected on {len(record.folders)} nodes")
+        policy = self.policy
+        if self.life.number:
+            decision = policy.decide(case.finding, case.judgement, self.life.step, wall)
+        else:
+            decision = Decision(
+                Do.OBSERVE,
+                "the job has no Checkpointer: a restart would begin from nothing",
+            )
+        case.decided = decision
+        record.decision, record.reason = decision.do.value, decision.reason
+        record.say(wall, f"decision: {decision.do.value}: {decision.reason}")
+        self._do(Remember(record.entry()))
+        if decision.do is Do.OBSERVE:
+            kind = "restarts_stopped" if decision.tripped else "observed"
+            if decision.tripped:
+                self._remember_restarts(policy)
+            self._note(kind, decision.reason, incident=record.number)
+            return
+        self._remember_restarts(policy)
+        for node in decision.isolate:
+            self._do(Remember(Isolated(node, True, decision.reason[:1000])))
+            self._note("node_isolated", f"{node} is isolated: {decision.reason}", node=node)
+        record.diagnosis_s = now - case.finding.found_at
+        case.killed_at = now
+        self._recovering = case
+        self._note(
+            "restart_ordered",
+            f"incident {record.number}: all trainers of life {self.life.number} are killed, for "
+            f"their launchers to start them anew: {case.finding.sentence}",
+            incident=record.number,
+            life=self.life.number,
+        )
+        record.say(wall, f"all trainers of life {self.life.number} are killed")
+        self._kill(case, now)
+
+    def _kill(self, case: _Case, now: float) -> None:
+        """Again after a while: orders may be lost."""
+        case.kills += 1
+        case.repeat_at = now + _REPEAT_KILL_S
+        assert case.record is not None
+        text = f"incident {case.record.number}: {case.finding.sentence}"
+        for node in self._nodes():
+            self._tell(node, KillWorkers(self.job, self.life.number, text))
+
+    # Slowness.
+
+    def _slow(self, finding: Finding, now: float) -> None:
+        record = self.slow.get(finding.number)
+        wall = now + self._parent.wall_s
+        if finding.over:
+            if record is not None:
+                del self.slow[finding.number]
+                record.over_at = wall
+                record.say(wall, "it is over")
+                self._do(Remember(record.entry()))
+            self._note("finding_over", f"over: {finding.sentence}", finding=finding.number)
+            return
+        if record is None:
+            record = self.slow[finding.number] = self._record(finding, now)
+            record.decision, record.reason = Do.OBSERVE.value, "the job makes progress"
+            self._note("slow", finding.sentence, incident=record.number)
+            self._do(Remember(record.entry()))
+            self._collect(record, f"{finding.kind.value}: {finding.sentence}")
+        else:
+            record.describe(finding)
+            record.say(wall, finding.sentence)
+
+    def _end_slow(self, now: float, why: str) -> None:
+        wall = now + self._parent.wall_s
+        for record in self.slow.values():
+            record.over_at = wall
+            record.say(wall, why)
+        self.slow.clear()
+
+    # Small helpers.
+
+    def _record(self, finding: Finding, now: float) -> IncidentRecord:
+        wall = self._parent.wall_s
+        record = IncidentRecord(
+            number=self._parent.next_incident(),
+            job=self.job,
+            life=self.life.number,
+            step=self.life.step,
+            step_s=self.life.step_s,
+            at=finding.since + wall,
+        )
+        record.describe(finding)
+        record.say(finding.since + wall, "last progress of the culprit")
+        record.say(finding.found_at + wall, f"found: {finding.sentence}")
+        self._parent.keep(record)
+        return record
+
+    def _collect(self, record: IncidentRecord, reason: str) -> set[str]:
+        nodes = self._nodes()
+        for node in nodes:
+            order = Collect(self.job, self.life.number, record.number, reason[:3000])
+            self._tell(node, order)
+        return set(nodes)
+
+    def _nodes(self) -> list[str]:
+        """Nodes with ranks of the life."""
+        return sorted({*self.life.members.values(), *self.detector.table.nodes})
+
+    def _node_of(self, rank: int) -> str:
+        table = self.detector.table
+        known = rank < table.ranks and table.rank_node[rank] >= 0
+        return self.life.members.get(rank) or (table.node_name(rank) if known else "")
+
+    @property
+    def policy(self) -> Policy:
+        """What decides about restarts, with those of coordinators before this one."""
+        if self._policy is None:
+            past = self._parent.restarts_of(self.job)
+            self._policy = Policy(self._parent.settings.limits)
+            if past is not None:
+                self._policy.tripped = past.broken
+                nodes = past.nodes or ((),) * len(past.at)
+                steps = past.steps or (-1,) * len(past.at)
+                rows = zip(past.at, past.faults, steps, nodes, strict=False)
+                self._policy.past.extend(Restart(*row) for row in rows)
+        return self._policy
+
+    def _remember_restarts(self, policy: Policy) -> None:
+        past = list(policy.past)
+        body = Restarts(
+            self.job,
+            tuple(restart.at for restart in past),
+            tuple(restart.fault[:500] for restart in past),
+            policy.tripped[:1000],
+            tuple(max(0, restart.step) for restart in past),
+            tuple(restart.nodes for restart in past),
+        )
+        self._do(Remember(body))
+
+    def _tell(self, node: str, message: CoordinatorMessage) -> None:
+        self._do(Tell(node, message))
+
+    def _note(self, kind: str, text: str, **fields: str | int | float) -> None:
+        self._do(Note(kind, self.job, text, fields))
+
+    def _do(self, action: Action) -> None:
+        self._parent.do(action)
+
+
+class Supervisors:
+    """Those of all jobs, and what they share."""
+
+    def __init__(
+        self,
+        settings: DiagnosisSettings,
+        next_number: Callable[[], int],
+        restarts_of: Callable[[str], Restarts | None],
+    ) -> None:
+        """`next_number` of an incident, and `restarts_of` a job, are asked of the journal."""
+        self.settings, self.restarts_of = settings, restarts_of
+        self.wall_s = 0.0
+        """What is to be added to monotonic seconds for those since the epoch; set by the shell."""
+        self.clocks = Clocks()
+        self.matrix = DelayMatrix()
+        self.jobs: dict[str, Supervisor] = {}
+        self.records: dict[int, IncidentRecord] = {}
+        """Incidents that this coordinator has seen itself, with all that is known of them."""
+        self._next_number = next_number
+        self._out: list[Action] = []
+        self._said: set[tuple[str, str]] = set()
+
+    def heard(
+        self,
+        node: str,
+        message: Sketched | Looked | Collected | Clock | Transferred,
+        now: float,
+    ) -> None:
+        """Take in what an agent says."""
+        match message:
+            case Clock():
+                self.clocks.heard(node, message.asked, message.at - self.wall_s, now)
+            case Transferred():
+                for each in message.transfers:
+                    if each.cells and each.seconds > 0:
+                        size, seconds = each.size_bytes // each.cells, each.seconds / each.cells
+                        self.matrix.observe(each.source, node, size, seconds)
+            case Sketched():
+                job = message.sketch.job
+                if job not in self.jobs and len(self.jobs) < _JOBS_LIMIT:
+                    self.jobs[job] = Supervisor(job, self)  # until the coordinator says more
+                if job in self.jobs:
+                    self.jobs[job].sketched(node, message, now)
+            case Looked() if message.job in self.jobs:
+                self.jobs[message.job].looked(node, message, now)
+            case Collected() if message.job in self.jobs:
+                self.jobs[message.job].collected(node, message)
+
+    def tick(self, lives: Iterable[Life], now: float) -> None:
+        """Let time pass; `lives`: how all jobs stand that the coordinator knows."""
+        known = {life.job for life in lives if life.number}
+        for life in lives:
+            if life.number:
+                if life.job not in self.jobs:
+                    self.jobs[life.job] = Supervisor(life.job, self)
+                self.jobs[life.job].follow(life, now)
+        for job, each in list(self.jobs.items()):
+            if each.life.number and job not in known:
+                del self.jobs[job]  # it was forgotten
+                continue
+            each.tick(now)
+        for node in {node for each in self.jobs.values() for node in each.detector.table.nodes}:
+            if self.clocks.is_due(node, now):
+                self.do(Tell(node, AskClock(now)))
+
+    def resumed(self, job: str, life: int, step: int, saved_at: float | None, now: float) -> None:
+        """A life of a job trains; `saved_at` as for `Supervisor.resumed`."""
+        if job in self.jobs:
+            self.jobs[job].resumed(life, step, saved_at, now)
+
+    def take_actions(self) -> list[Action]:
+        """What is to be done, in this order."""
+        out, self._out = self._out, []
+        return out
+
+    def next_incident(self) -> int:
+        """A number that no incident has had."""
+        return max(self._next_number(), 1 + max(self.records, default=0))
+
+    def keep(self, record: IncidentRecord) -> None:
+        self.records[record.number] = record
+        while len(self.records) > _RECORDS_KEPT:
+            del self.records[min(self.records)]
+
+    def do(self, action: Action) -> None:
+        self._out.append(action)
+
+    def note_once(self, kind: str, job: str, text: str) -> None:
+        """An event, if it was not said before: peers that talk nonsense do so often."""
+        if (kind, text) not in self._said and len(self._said) < 100:
+            self._said.add((kind, text))
+            self.do(Note(kind, job, text))
+
+    def status(self, now: float) -> dict[str, Any]:
+        """JSON-ready: what is found, and why not."""
+        return {
+            "policy": self.settings.policy,
+            "jobs": {name: self._job_status(each, now) for name, each in sorted(self.jobs.items())},
+            "matrix": {
+                "pairs": [
+                    {"source": source, "destination": destination, "s_per_gib": delay}
+                    for (source, destination), delay in sorted(self.matrix.delays().items())
+                ],
+                "hot": [
+                    {"nodes": list(hot.culprit.nodes), "ratio": hot.ratio, "text": hot.sentence}
+                    for hot in self.matrix.hot()
+                ],
+            },
+        }
+
+    def _job_status(self, each: Supervisor, now: float) -> dict[str, Any]:
+        case = each.case
+        witness = case.judgement.reason if case is not None and case.judgement else ""
+        policy = each.policy
+        return {
+            "life": each.life.number,
+            "quiet_because": each.quiet_because(now),
+            "unseen_ranks": list(each.unseen),
+            "hang_timeout_s": each.detector.hang_timeout_s,
+            "restarts_stopped": policy.tripped,
+            "findings": [
+                {
+                    "kind": finding.kind.value,
+                    "is_hang": finding.kind.is_hang,
+                    "culprit": str(finding.culprit),
+                    "text": finding.sentence,
+                    "confidence": finding.confidence,
+                    "for_s": now - finding.since,
+                    "witness": witness if finding.kind.is_hang else "",
+                }
+                for finding in each.detector.open.values()
+            ],
+        }
+
+
+def _samples(looks: tuple[Look, Look]) -> tuple[Sample, Sample]:
+    first, last = looks
+    return _sample(first), _sample(last)
+
+
+def _sample(look: Look) -> Sample:
+    return Sample(look.at, look.state, look.cpu_s, look.io_bytes, look.stack)

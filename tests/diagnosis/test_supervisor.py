@@ -1,0 +1,295 @@
+"""From sketches to actions: given what agents say, what is done, and what is not."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from ckptd.collectives import Collective, GroupInfo
+from ckptd.coordinator.diagnosis import Thresholds
+from ckptd.coordinator.diagnosis.supervisor import (
+    ISOLATE,
+    OBSERVE,
+    RESTART,
+    DiagnosisSettings,
+    Life,
+    Note,
+    Remember,
+    Supervisors,
+    Tell,
+)
+from ckptd.journal import Incident, Isolated, Journal, Restarts
+from ckptd.sketches import Aggregator
+from ckptd.wire import (
+    AskClock,
+    Clock,
+    Collect,
+    Collected,
+    KillWorkers,
+    Look,
+    LookAt,
+    Looked,
+    Sketched,
+    TellAll,
+)
+
+JOB = "job"
+STEP_S = 0.25
+WALL_S = 1000.0
+STOPPED = (Look(0.0, "T"), Look(1.1, "T"))
+BUSY = (Look(0.0, "R", 0.0, 0, "a"), Look(1.1, "R", 1.0, 0, "a"))
+STUCK = (Look(0.0, "S", 0.0, 0, "train\nlocked"), Look(1.1, "S", 0.0, 0, "train\nlocked"))
+
+
+@dataclass
+class Job:
+    """Ranks 0 and 1, each on a node of its own, and the coordinator's diagnosis of them."""
+
+    policy: str = RESTART
+    now: float = 100.0
+    life: int = 1
+    step: int = 0
+    does: tuple[Look, Look] = STOPPED
+    """What rank 1 is seen to do."""
+    journal: Journal = field(default_factory=Journal)
+    notes: list[Note] = field(default_factory=list)
+    orders: list[Tell] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        settings = DiagnosisSettings(self.policy, Thresholds(window_min_s=0.5))
+        self.all = Supervisors(settings, lambda: 1, self._restarts)
+        self.all.wall_s = WALL_S
+        self._begin()
+
+    def _restarts(self, job: str) -> Restarts | None:
+        bodies = [e.body for e in self.journal.entries if isinstance(e.body, Restarts)]
+        return bodies[-1] if bodies else None
+
+    def _begin(self) -> None:
+        self.nodes = {f"n{rank}": Aggregator(JOB, self.life, f"n{rank}") for rank in (0, 1)}
+        for each in self.nodes.values():
+            each.learn(GroupInfo("0", (0, 1), "gloo"))
+        self.seq = 0
+        self.whole: set[str] = set()
+        if self.life:
+            self.tick()
+
+    def run(self, steps: int, hung: bool = False) -> None:
+        """`hung`: rank 0 enters one more operation, and then nothing happens."""
+        for number in range(steps):
+            self.now += STEP_S
+            if not hung or number == 0:
+                self.seq += 1
+                for rank, node in enumerate(self.nodes.values()):
+                    if not hung or rank == 0:
+                        node.add(self._record(rank, ended=not hung))
+                self.step += not hung
+            for name, node in self.nodes.items():
+                sketch = node.sketch(self.now + WALL_S, name in self.whole)
+                self.whole.discard(name)
+                self.all.heard(name, Sketched(sketch), self.now)
+            self.tick()
+
+    def _record(self, rank: int, ended: bool) -> Collective:
+        at = self.now + WALL_S
+        return Collective("0", self.seq, "all_reduce", 100, rank, at, 1e-6, ended)
+
+    def tick(self, attached: bool = True) -> None:
+        members = {0: "n0", 1: "n1"}
+        life = Life(JOB, self.life, members, self.step, STEP_S, attached)
+        self.all.tick([life] if self.life else [], self.now)
+        for action in self.all.take_actions():
+            if isinstance(action, Note):
+                self.notes.append(action)
+            elif isinstance(action, Remember):
+                self.journal.put(action.body)
+            else:
+                self.orders.append(action)
+                self._obey(action)
+
+    def _obey(self, action: Tell) -> None:
+        match action.message:
+            case TellAll():
+                self.whole.add(action.node)
+            case LookAt() as order:
+                looks = {1: self.does} if action.node == "n1" and 1 in order.ranks else {}
+                answer = Looked(JOB, order.life, order.finding, looks)
+                self.all.heard(action.node, answer, self.now)
+            case Collect() as order:
+                folder = Collected(JOB, order.life, order.incident, f"/folder/{action.node}")
+                self.all.heard(action.node, folder, self.now)
+
+    def resume(self, from_step: int, saved_at: float) -> None:
+        self.life += 1
+        self.step = from_step
+        self._begin()
+        self.all.resumed(JOB, self.life, from_step, saved_at, self.now)
+        self.tick()
+
+    def ordered(self, kind: type) -> list[Tell]:
+        return [order for order in self.orders if isinstance(order.message, kind)]
+
+    def kinds(self) -> list[str]:
+        return [note.kind for note in self.notes]
+
+    def kept(self, kind: type) -> list:
+        return [entry.body for entry in self.journal.entries if isinstance(entry.body, kind)]
+
+
+@pytest.fixture
+def job() -> Job:
+    made = Job()
+    made.run(60)
+    assert made.notes == []
+    return made
+
+
+def test_a_hang_is_looked_at_collected_and_then_all_ranks_are_killed(job: Job) -> None:
+    job.run(40, hung=True)
+    kinds = [type(o.message) for o in job.orders if not isinstance(o.message, AskClock)]
+    first = [kind for n, kind in enumerate(kinds) if kind not in kinds[:n]]
+    assert first == [LookAt, Collect, KillWorkers]
+    assert {o.node for o in job.ordered(LookAt)} == {"n1"}
+    assert {o.node for o in job.ordered(Collect)} == {"n0", "n1"}
+    assert {o.node for o in job.ordered(KillWorkers)} == {"n0", "n1"}
+    assert {o.message.life for o in job.ordered(KillWorkers)} == {1}
+    assert job.kinds() == ["hang_suspected", "restart_ordered"]
+
+
+def test_the_order_to_kill_is_said_again_until_the_life_is_another(job: Job) -> None:
+    job.run(30, hung=True)
+    before = len(job.ordered(KillWorkers))
+    assert before >= 4
+    job.resume(50, job.now - 20)
+    job.run(60)
+    assert len(job.ordered(KillWorkers)) == before
+
+
+def test_an_incident_has_the_four_parts_of_downtime(job: Job) -> None:
+    saved_at, hung_at = job.now - 3.0, job.now
+    job.run(40, hung=True)
+    (kept,) = job.kept(Incident)
+    assert kept.restart_s is None
+    job.resume(50, saved_at)
+    (kept,) = job.kept(Incident)
+    parts = (kept.lost_work_s, kept.detection_s, kept.diagnosis_s, kept.restart_s)
+    assert all(part is not None and part >= 0 for part in parts)
+    assert kept.lost_work_s == pytest.approx(3.0)
+    assert kept.at == pytest.approx(hung_at + WALL_S)
+    assert sum(parts[1:]) == pytest.approx(job.now - hung_at)
+    (record,) = job.all.records.values()
+    assert record.culprit == "rank 1 on node n1"
+    assert record.folders == {"n0": "/folder/n0", "n1": "/folder/n1"}
+    assert "restarted" in job.kinds()
+
+
+def test_who_makes_progress_is_looked_at_again_and_again_and_left_alone(job: Job) -> None:
+    job.does = BUSY
+    job.run(200, hung=True)
+    assert len(job.ordered(LookAt)) > 2
+    assert job.ordered(Collect) == job.ordered(KillWorkers) == job.kept(Incident) == []
+    assert job.kinds() == ["hang_suspected", "witness"]
+    for node in job.nodes.values():
+        for rank in (0, 1):
+            node.add(job._record(rank, ended=True))
+    job.run(20)
+    assert job.kinds()[2:] == ["finding_over"]
+
+
+def test_a_stuck_rank_is_shown_with_its_stack(job: Job) -> None:
+    job.does = STUCK
+    job.run(40, hung=True)
+    (record,) = job.all.records.values()
+    assert record.stacks == {"1": "train\nlocked"}
+
+
+def test_without_a_witness_nothing_is_done(job: Job) -> None:
+    job._obey = lambda action: None  # type: ignore[method-assign] # no agent answers
+    job.run(200, hung=True)
+    assert job.ordered(KillWorkers) == []
+
+
+def test_who_only_observes_kills_nobody() -> None:
+    job = Job(OBSERVE)
+    job.run(60)
+    job.run(40, hung=True)
+    assert job.ordered(KillWorkers) == []
+    assert job.kinds() == ["hang_suspected", "observed"]
+    assert "it would be" in job.notes[-1].text
+    assert len(job.kept(Incident)) == 1
+
+
+def test_a_job_without_a_checkpointer_is_not_restarted() -> None:
+    job = Job(life=0)
+    job.run(60)
+    job.run(40, hung=True)
+    assert job.ordered(KillWorkers) == []
+    assert "begin from nothing" in job.notes[-1].text
+
+
+def test_the_same_fault_at_the_same_step_stops_restarts_for_later_coordinators_too(
+    job: Job,
+) -> None:
+    for _ in range(3):
+        job.run(40, hung=True)
+        job.resume(60, job.now)
+        job.run(60)
+        job.step = 60
+    assert "restarts_stopped" in job.kinds()
+    assert len(job.ordered(KillWorkers)) > 0
+    (kept,) = job.kept(Restarts)
+    assert "the same fault" in kept.broken
+    later = Job(journal=job.journal)
+    later.run(60)
+    later.run(40, hung=True)
+    assert later.ordered(KillWorkers) == []
+    assert later.all.status(later.now)["jobs"][JOB]["restarts_stopped"] == kept.broken
+
+
+def test_a_node_at_fault_twice_is_isolated_if_so_told() -> None:
+    job = Job(ISOLATE)
+    job.run(60)
+    for life in (1, 2):
+        job.run(40, hung=True)
+        assert len(job.kept(Isolated)) == life - 1
+        job.resume(job.step, job.now)
+        job.run(60)
+    assert job.kept(Isolated)[0].node == "n1"
+
+
+def test_a_sketch_whose_layout_is_not_known_is_asked_for_as_a_whole() -> None:
+    job = Job()
+    job.nodes["n0"].add(job._record(0, ended=True))
+    job.nodes["n0"].sketch(0.0)  # lost on the way
+    job.run(1)
+    assert [(o.node, o.message) for o in job.ordered(TellAll)] == [("n0", TellAll(JOB, 1))]
+
+
+def test_sketches_of_another_life_or_under_anothers_name_count_for_nothing(job: Job) -> None:
+    old = job.nodes["n1"]
+    job.resume(50, job.now)
+    job.all.heard("n1", Sketched(old.sketch(job.now, whole=True)), job.now)
+    job.all.heard("n0", Sketched(job.nodes["n1"].sketch(job.now, whole=True)), job.now)
+    assert job.all.jobs[JOB].detector.table.nodes == []
+
+
+def test_ranks_that_are_not_seen_are_said() -> None:
+    job = Job()
+    job.tick()
+    assert "waiting for the first" in job.all.jobs[JOB].quiet_because(job.now)
+    job.now += 60
+    job.tick()
+    assert "of ranks 0, 1 are not seen" in job.all.jobs[JOB].quiet_because(job.now)
+
+
+def test_clocks_are_asked_and_the_fastest_answer_counts() -> None:
+    job = Job()
+    job.run(1)
+    (order,) = [o for o in job.ordered(AskClock) if o.node == "n0"]
+    asked = order.message.asked
+    for way_s in (0.4, 0.002, 0.3):
+        answer = Clock(asked, asked + WALL_S + 7.0 + way_s / 2)
+        job.all.heard("n0", answer, asked + way_s)
+    offset = job.all.clocks.offset("n0", asked)
+    assert offset.ahead_s == pytest.approx(7.0)
+    assert offset.error_s < 0.002
+    assert job.all.clocks.offset("stranger", 0.0).error_s > 10
