@@ -107,7 +107,11 @@ class Incident(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 
 Body = Isolated | Rollback | Draining | Quota | Restarts | Incident
 
-_KEPT: dict[type[Body], int] = {Isolated: NODES_KEPT, Incident: INCIDENTS_KEPT}
+_KEPT: dict[type[Body], int] = {
+    Isolated: NODES_KEPT,
+    Draining: NODES_KEPT,
+    Incident: INCIDENTS_KEPT,
+}
 """Of each kind, how many of the newest are kept; of the others, THINGS_KEPT."""
 
 

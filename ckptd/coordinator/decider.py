@@ -976,7 +976,7 @@ class Coordinator:
         there = {*recovery.rank_holders(holdings), *snapshot.rebuilding}
         lost = [rank for rank in range(snapshot.world_size) if rank not in there]
         live = {name: node for name, node in self.nodes.items() if node.live}
-        spares = {name: node.spare_bytes for name, node in live.items()}
+        spares = self._rooms()
         if not lost or snapshot.rebuilding:
             return  # what is under way may not be in the numbers yet
         found = spare.place(manifest, holdings, lost, spares, snapshot.unbuilt)
@@ -991,6 +991,16 @@ class Coordinator:
             text = self._no_room(snapshot, found.left[0].rank, found.left[0].size_bytes)
             self._event(now, "no_room_to_rebuild", job.name, text, rank=found.left[0].rank)
             snapshot.no_room = text
+
+    def _rooms(self) -> dict[str, int]:
+        """Spare memory, in bytes, of live nodes that are to stay."""
+        return {
+            name: node.spare_bytes
+            for name, node in self.nodes.items()
+            if node.live
+            and not self.journal.is_draining(name)
+            and not self.journal.is_isolated(name)
+        }
 
     def _no_room(self, snapshot: Snapshot, rank: int, size_bytes: int) -> str:
         """Why a lost segment is not rebuilt, and what would help."""
@@ -1174,7 +1184,7 @@ class Coordinator:
         if manifest is None or job.pending is not None or (job.attachments and not job.resumed):
             return
         live = {name: node for name, node in self.nodes.items() if node.live}
-        rooms = {name: n.spare_bytes for name, n in live.items()}
+        rooms = self._rooms()
         cells = {name: node.hello.cells for name, node in live.items()}
         for member in homeless:
             if any(extent.rank in snapshot.rebuilding for extent in member.extents):
