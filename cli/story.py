@@ -188,7 +188,7 @@ class Story:
         self._recover(fault, "rank_left", [node])
 
     def _stop_trainer(self) -> None:
-        """It does not die, so nobody is told: only its peers, who wait for it, say that it hangs."""
+        """It does not die, so nobody is told: only its peers, who wait, say that it hangs."""
         node = self._placed[1]
         self._wait_for_training(len(self.faults) + 1, _STEPS_BETWEEN_FAULTS)
         self._wait("diagnosis to know the job", self._is_armed)

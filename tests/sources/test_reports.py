@@ -1,5 +1,6 @@
 """What an agent tells the coordinator's diagnosis, and whom it kills on its order."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from ckptd.watching import (
     started_ticks,
     trainers_dir,
 )
-from ckptd.wire import AskClock, Clock, KillWorkers
+from ckptd.wire import AskClock, Clock, KillWorkers, Transfer
 
 WORLD = (GroupInfo("0", (0, 1), "gloo"),)
 DUMP = """Current thread 0x00007f1 (most recent call first):
@@ -106,16 +107,12 @@ def sleepers():
 
 
 async def scanned(reports: Reports, count: int) -> None:
-    import asyncio
-
     async with asyncio.timeout(30):
         while len(reports.diagnosis.views()) < count:
             await asyncio.sleep(0.05)
 
 
 def test_only_trainers_of_that_life_are_killed_stopped_ones_too(tmp_path: Path, sleepers):
-    import asyncio
-
     doomed, other_life, attached = sleepers
     directory = trainers_dir(tmp_path / "agent")
     directory.mkdir(mode=0o700)
@@ -147,3 +144,14 @@ def test_only_trainers_of_that_life_are_killed_stopped_ones_too(tmp_path: Path, 
     assert other_life.poll() is None
     assert asked[0] == ("job", 1)
     assert [type(message) for message in sent if isinstance(message, Clock)] == [Clock]
+
+
+def test_transfers_are_told_once_by_node_and_small_ones_not_at_all():
+    peers = Peers(ClusterKey.read(None))
+    peers.name_of = lambda address: {"10.0.0.2:9": "b"}.get(address, address)
+    peers.note_transfer("10.0.0.2:9", 1 << 20, 0.5)
+    peers.note_transfer("10.0.0.2:9", 1 << 20, 0.25)
+    peers.note_transfer("10.0.0.2:9", 100, 9.0)
+    peers.note_transfer("10.0.0.3:9", 1 << 20, 9.0)  # nobody has said who is there
+    assert peers.take_transfers() == (Transfer("b", 2, 2 << 20, 0.75),)
+    assert peers.take_transfers() == ()
