@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ckptd.agent import witness
 from ckptd.agent.cells import Peers
-from ckptd.agent.reports import Reports, Sketcher, looks_of, main_stack
+from ckptd.agent.reports import Reports, Sketcher, family_used, looks_of, main_stack
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.keys import ClusterKey
 from ckptd.watching import (
@@ -89,12 +91,30 @@ def test_the_main_threads_stack_ends_with_the_innermost_call():
 
 
 def test_looks_have_the_kernels_letters_and_leave_out_the_pulse():
-    first = witness.Sample(1.0, 0, 1, "stopped", {1: 1.0}, read_bytes=0)
-    second = witness.Sample(2.0, 0, 1, "gone", {1: 1.5}, read_bytes=5000)
+    first = witness.Sample(1.0, 0, 1, "stopped", {1: 1.0, 2: 1.0}, read_bytes=0)
+    second = witness.Sample(2.0, 0, 1, "gone", {1: 1.5, 2: 1.05}, read_bytes=5000)
     a, b = looks_of(first, second)
     assert (a.state, b.state) == ("T", "")
     assert b.cpu_s - a.cpu_s == pytest.approx(0.5)
     assert a.io_bytes == b.io_bytes
+
+
+def test_who_waits_for_busy_children_makes_progress():
+    first = witness.Sample(1.0, 0, 1, "sleeping", {1: 1.0})
+    second = witness.Sample(2.0, 0, 1, "sleeping", {1: 1.0})
+    a, b = looks_of(first, second, children_s=0.4)
+    assert b.cpu_s - a.cpu_s == pytest.approx(0.4)
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until = time.monotonic() + 30
+        while family_used(parent.pid)[0] < 0.1:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        for child in psutil.Process(parent.pid).children():
+            child.kill()
+        parent.wait()
 
 
 @pytest.fixture
