@@ -55,8 +55,8 @@ def _silent_stall(
 ) -> Finding:
     ranks = table.ranks_of(found.group)
     bad = [_nodes_in_order(table, table.ranks_of(int(group))) for group in found.silent_groups]
-    good = _groups_since(table, found)
-    location = _with_ranks(locate(bad, good, limits.coverage), table, ranks)
+    # That others went on for longer proves little: only what comes first in the program is stuck.
+    location = _with_ranks(locate(bad, [], limits.coverage), table, ranks)
     where = _group_words(table, found.group)
     sentence = (
         f"all {len(ranks)} ranks of {where} have entered operation {found.seq}, and none has left "
@@ -263,13 +263,6 @@ def _with_ranks(location: Location, table: Table, ranks: Ints) -> Location:
     names = {table.node_name(int(rank)): int(rank) for rank in ranks[::-1]}
     chosen = tuple(sorted(names[node] for node in culprit.nodes if node in names))
     return Location(Culprit(culprit.scope, chosen, culprit.nodes), location.certainty)
-
-
-def _groups_since(table: Table, found: Stall) -> list[tuple[str, ...]]:
-    """Groups between nodes that went on after the stuck ones had stopped."""
-    changed = np.maximum.reduceat(table.changed_at[: table.used], table.starts)
-    later = np.flatnonzero(changed > changed[found.group])
-    return [_nodes_in_order(table, table.ranks_of(int(group))) for group in later]
 
 
 def _nodes_in_order(table: Table, ranks: Ints) -> tuple[str, ...]:
