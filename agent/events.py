@@ -1,20 +1,23 @@
 """What happens to an agent, and what it does about it: the vocabulary of the lifecycle decider.
 
 Order contract of actions: the shell carries out the actions of one call in the order given, and an
-action that stores something (`KeepRecord`, `KeepManifest`) has finished before the next begins.
+action that stores something (`KeepTerm`, `KeepRecord`, …) has finished before the next begins.
 So whatever is reported was stored before.
 """
 
 from dataclasses import dataclass, field
 
 from ckptd.ids import SnapshotId
+from ckptd.journal import Entry
 from ckptd.manifest import JobManifest, JobRecord
 from ckptd.segment import ParitySidecar, Sidecar
+from ckptd.terms import KeptTerm
 from ckptd.wire import (
     AgentMessage,
     AgentToLauncher,
     AgentToTrainer,
     CoordinatorMessage,
+    DiagnosisOrder,
     LauncherMessage,
     Source,
     TrainerMessage,
@@ -35,7 +38,18 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class FromCoordinator:
+    """A message, and the term and random id of the coordinator that sent it."""
+
     message: CoordinatorMessage
+    term: int = 0
+    coordinator: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TermNotKept:
+    """KeepTerm has failed: what comes in that term is not to be obeyed."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +188,7 @@ Event = (
     Connected
     | Disconnected
     | FromCoordinator
+    | TermNotKept
     | FromLocal
     | LocalGone
     | ProcessEnded
@@ -212,6 +227,13 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnose:
+    """Look at trainers, collect evidence, or kill them: `ckptd.agent.reports` does it."""
+
+    order: DiagnosisOrder
+
+
+@dataclass(frozen=True, slots=True)
 class Allocate:
     """Make a slot file: answered by Allocated or AllocationFailed."""
 
@@ -240,6 +262,20 @@ class Delete:
     """Delete a file that holds nothing."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeepTerm:
+    """Answered by TermNotKept if it cannot be stored."""
+
+    kept: KeptTerm
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEntries:
+    """Add these to the log."""
+
+    entries: tuple[Entry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,10 +339,13 @@ class Fetch:
 Action = (
     Report
     | Tell
+    | Diagnose
     | Allocate
     | CheckSegment
     | Release
     | Delete
+    | KeepTerm
+    | KeepEntries
     | KeepRecord
     | KeepManifest
     | ForgetManifests
@@ -327,3 +366,5 @@ class Adopted:
     manifests: tuple[JobManifest, ...] = ()
     records: tuple[JobRecord, ...] = ()
     problems: tuple[str, ...] = ()
+    term: KeptTerm | None = None
+    entries: tuple[Entry, ...] = ()

@@ -6,29 +6,36 @@
 
 import enum
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 from math import ceil
 
 from ckptd.agent import events as ev
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
+from ckptd.journal import Journal
 from ckptd.manifest import Extent, JobManifest, JobRecord
+from ckptd.terms import KeptTerm, Obeyed, Term
 from ckptd.wire import (
     Activate,
     AgentMessage,
     AgentToLauncher,
     AgentToTrainer,
+    AskClock,
+    AskEntries,
     AskResume,
     AskResumeFor,
     Attach,
     Attached,
     Beat,
     CaptureFailed,
+    Collect,
     Commit,
     Detach,
     Detached,
     Dismiss,
     Drop,
+    Entries,
     Fetching,
     Forget,
     Grant,
@@ -37,11 +44,15 @@ from ckptd.wire import (
     Here,
     Holding,
     Holds,
+    KeepEntries,
+    KillWorkers,
     LauncherWaiting,
     LayoutOpened,
     LifeResumed,
+    LookAt,
     OpenLayout,
     Outcome,
+    Outdated,
     Progress,
     Protect,
     RankLeft,
@@ -64,6 +75,7 @@ from ckptd.wire import (
     SnapshotFailed,
     Source,
     TakeSnapshot,
+    TellAll,
     Ticket,
     Undivide,
     WaitForWork,
@@ -147,6 +159,7 @@ class Trainer:
     world_size: int
     every: int
     slots: int
+    keep: int
     life: int = 0
     answered: bool = False
     step: int = 0
@@ -199,6 +212,19 @@ class Lifecycle:
         self.grants: dict[str, Grant] = {}
         self.problems: list[str] = list(adopted.problems)
         self.dismissed = ""
+        kept = adopted.term or KeptTerm(Term(), now)
+        self.term = kept.term
+        """The one that is obeyed."""
+        # Monotonic time begins anew at boot: then the term is older than anything that runs.
+        self._term_since = kept.since if kept.since <= now else float("-inf")
+        self._term_before = (self.term, self._term_since)
+        self._obeyed_at: float | None = None
+        """When the last order came, if one came at all."""
+        self._hello_due = False
+        """An order came whose Welcome was lost: say Hello with the next heartbeat."""
+        self.journal = Journal()
+        """What this agent keeps of what the coordinators have said."""
+        self.journal.merge(adopted.entries)
         self._beat_at = now
         self._waiting_at = now
         self._numbers = itertools.count(1)
@@ -243,11 +269,15 @@ class Lifecycle:
         match event:
             case ev.Connected():
                 self.connected = True
-                self._hello()
+                self._hello(now)
             case ev.Disconnected():
                 self.connected = False
             case ev.FromCoordinator():
-                self._from_coordinator(event, now)
+                if self._obeys(event, now):
+                    self._from_coordinator(event, now)
+            case ev.TermNotKept():
+                self.term, self._term_since = self._term_before
+                self._problem(f"orders are not obeyed: the term cannot be stored: {event.reason}")
             case ev.FromLocal():
                 self._from_local(event, now)
             case ev.LocalGone():
@@ -288,7 +318,9 @@ class Lifecycle:
         """Let time pass: heartbeats, and a word to those who wait."""
         if now >= self._beat_at:
             self._beat_at = now + self.beat_s
-            if self.connected:
+            if self.connected and self._hello_due:
+                self._hello(now)
+            elif self.connected:
                 damaged, mended = self._scrubbed
                 self._report(
                     Beat(
@@ -346,6 +378,36 @@ class Lifecycle:
 
     # The coordinator's orders.
 
+    def _obeys(self, event: ev.FromCoordinator, now: float) -> bool:
+        """Whether this message counts: one of the term that is obeyed, or that begins a higher."""
+        message = event.message
+        if isinstance(message, WhoAreYou):
+            return True
+        if (event.term, event.coordinator) == (self.term.number, self.term.coordinator):
+            self._obeyed_at = now
+            return True
+        if event.term <= self.term.number:
+            self._problem(
+                f"orders of term {event.term} are refused: the coordinator at "
+                f"{self.term.address} has begun term {self.term.number}"
+            )
+            self._report(Outdated(self._obeyed(now)))
+            return False
+        if isinstance(message, Dismiss):
+            return True  # instead of a Welcome: this agent will not be of that term
+        if not isinstance(message, Welcome):
+            self._hello_due = True
+            return False
+        self._term_before = (self.term, self._term_since)
+        self.term = Term(event.term, event.coordinator, message.address, message.lease_s)
+        self._term_since = self._obeyed_at = now
+        self._do(ev.KeepTerm(KeptTerm(self.term, now)))
+        return True
+
+    def _obeyed(self, now: float) -> Obeyed:
+        silent_s = None if self._obeyed_at is None else now - self._obeyed_at
+        return Obeyed(self.term, now - self._term_since, silent_s)
+
     def _from_coordinator(self, event: ev.FromCoordinator, now: float) -> None:
         match event.message:
             case Welcome() as message:
@@ -361,7 +423,13 @@ class Lifecycle:
                     self._answer_attach(trainer)
                     self._repeat_ask(trainer)
             case WhoAreYou():
-                self._hello()
+                self._hello(now)
+            case AskEntries():
+                self._report(Entries(self.journal.entries))
+            case KeepEntries() as message:
+                news = self.journal.merge(message.entries)
+                if news:
+                    self._do(ev.KeepEntries(tuple(news)))
             case Dismiss() as message:
                 self.dismissed = message.reason
                 self._problem(f"refused by the coordinator: {message.reason}")
@@ -389,6 +457,8 @@ class Lifecycle:
                 self._free_snapshot(message.id)
             case Forget() as message:
                 self._forget(message.job)
+            case LookAt() | Collect() | KillWorkers() | AskClock() | TellAll() as message:
+                self._do(ev.Diagnose(message))
             case Activate() as message:
                 for conn, job in list(self.launchers.items()):
                     if job == message.job:
@@ -396,7 +466,8 @@ class Lifecycle:
                         self._tell(conn, Work(job))
                         break
 
-    def _hello(self) -> None:
+    def _hello(self, now: float) -> None:
+        self._hello_due = False
         held = {slot.id for slot in self.slots.values() if slot.id is not None}
         mine = self.identity
         self._report(
@@ -423,6 +494,8 @@ class Lifecycle:
                 launchers=tuple(self.launchers.values()),
                 problems=tuple(self.problems),
                 spare_bytes=self.spare_bytes,
+                obeyed=self._obeyed(now),
+                log=self.journal.summary,
             )
         )
 
@@ -431,6 +504,7 @@ class Lifecycle:
         if old is None or old.life < record.life:
             self.records[record.job] = record
             self._do(ev.KeepRecord(record))
+            self._trim(record.job)
 
     def _granted(self, grant: Grant, now: float) -> None:
         self._keep(grant.record)
@@ -624,6 +698,7 @@ class Lifecycle:
             message.world_size,
             message.every,
             message.slots,
+            message.keep,
         )
         record = self.records.get(message.job)
         if record is not None and 0 < message.life < record.life:
@@ -784,16 +859,25 @@ class Lifecycle:
         needed = new * message.size_bytes + self._parity_reserve(trainer.job)
         limit = self.identity.memory_limit_bytes
         self._make_room(needed)
-        if self.used_bytes + needed > limit and self._slots_lacking(trainer) <= 0 < new:
+        if self.used_bytes + needed > limit and self._slots_lacking(trainer, False) <= 0 < new:
             # All its slots hold snapshots. Tickets come when the first of them is retired.
             needed -= new * message.size_bytes
             new = 0
-        if self.used_bytes + needed > limit:
+        refusal = self._over_quota(trainer)
+        if not refusal and self.used_bytes + needed > limit:
+            generations = self._keep_of(trainer.job) + 1
+            what = (
+                f"for {new} slots of {message.size_bytes} bytes and {generations} generations of "
+                "parity"
+            )
+            refusal = self._too_small(needed, what)
+            if generations > 2:
+                refusal += f", or keep fewer snapshots than Checkpointer(keep={generations - 1})"
+        if refusal:
             trainer.opening = False
             trainer.segment_bytes = 0
-            what = f"for {new} slots of {message.size_bytes} bytes and two generations of parity"
-            self._problem(f"{trainer.job}: {self._too_small(needed, what)}")
-            self._tell(trainer.conn, Rejected("MemoryTooSmall", self._too_small(needed, what)))
+            self._problem(f"{trainer.job}: {refusal}")
+            self._tell(trainer.conn, Rejected("MemoryTooSmall", refusal))
             return
         for _ in range(new):
             name = self._new_name(trainer.job, "segment")
@@ -829,18 +913,27 @@ class Lifecycle:
         usable = [s for s in owned if s.use in (Use.FREE, Use.ALLOCATING, Use.RELEASING)]
         return max(self._slots_lacking(trainer), 0 if usable else 1)
 
-    def _slots_lacking(self, trainer: Trainer) -> int:
+    def _slots_lacking(self, trainer: Trainer, beside_moved: bool = True) -> int:
         """Slots that it has to get, beside its own and those that snapshots will leave to it.
 
-        Slots of dead trainers that still hold snapshots are claimed once these are retired.
+        Slots of dead trainers that still hold snapshots are claimed once these are retired. Where
+        ranks have moved, a node may hold more segments of a snapshot than it has ranks; as long as
+        it is kept they are in the way of its successors, and are not counted if `beside_moved`.
         """
-        left = sum(
-            not s.parity
+        left_by_id = Counter(
+            s.id
+            for s in self.slots.values()
+            if not s.parity
             and s.owner is None
             and s.use is not Use.FREE
             and (s.job, s.size_bytes) == (trainer.job, trainer.segment_bytes)
-            for s in self.slots.values()
         )
+        left = left_by_id.total()
+        if beside_moved:
+            ranks = sum(
+                (t.job, t.life) == (trainer.job, trainer.life) for t in self.trainers.values()
+            )
+            left = sum(min(ranks, count) for count in left_by_id.values())
         owed = sum(
             max(0, other.slots - len(self._owned(other)))
             for other in self.trainers.values()
@@ -850,13 +943,45 @@ class Lifecycle:
         return trainer.slots - len(self._owned(trainer)) - max(0, left - owed)
 
     def _parity_reserve(self, job: str) -> int:
-        """Bytes that two generations of parity will need beyond those that are there."""
+        """Bytes that all generations of parity will need beyond those that are there."""
+        there = sum(s.size_bytes for s in self.slots.values() if s.parity and s.job == job)
+        return max(0, (self._keep_of(job) + 1) * self._parity_bytes(job) - there)
+
+    def _parity_bytes(self, job: str) -> int:
+        """What one generation of parity takes, as far as layouts are open."""
         grant = self.grants.get(job)
         fraction = grant.parity_fraction if grant is not None else 0.0
         image = sum(t.segment_bytes for t in self.trainers.values() if t.job == job)
-        cells = ceil(image / self.cell_bytes * fraction) if self.cell_bytes else 0
-        there = sum(s.size_bytes for s in self.slots.values() if s.parity and s.job == job)
-        return max(0, 2 * cells * self.cell_bytes - there)
+        return ceil(image / self.cell_bytes * fraction) * self.cell_bytes if self.cell_bytes else 0
+
+    def _keep_of(self, job: str) -> int:
+        return max((t.keep for t in self.trainers.values() if t.job == job), default=1)
+
+    def _over_quota(self, trainer: Trainer) -> str:
+        """Why the job may not have what its layouts come to on this node; "" if it may.
+
+        What a restore needs besides, for a while, does not count: it must not be refused.
+        """
+        job, grant = trainer.job, self.grants.get(trainer.job)
+        if grant is None or grant.quota_bytes is None:
+            return ""
+        slots = [
+            (t.slots, t.segment_bytes)
+            for t in self.trainers.values()
+            if (t.job, t.life) == (job, trainer.life) and t.segment_bytes
+        ]
+        in_slots = sum(number * size_bytes for number, size_bytes in slots)
+        generations, each = self._keep_of(job) + 1, self._parity_bytes(job)
+        needed = in_slots + generations * each
+        if needed <= grant.quota_bytes:
+            return ""
+        fewer = "keep fewer snapshots (Checkpointer(keep=...)), or " if generations > 2 else ""
+        return (
+            f"the job {job!r} needs {needed} bytes on node {self.identity.node}: {in_slots} in "
+            f"{sum(number for number, _ in slots)} slots and {generations} generations of parity "
+            f"of {each} bytes; its quota is {grant.quota_bytes}; {fewer}raise it with `ckptd "
+            f"quota {job} {needed}`, or that of all jobs with `ckptd coordinator --job-quota`"
+        )
 
     def _layout_ready(self, trainer: Trainer, now: float) -> None:
         if trainer.opening and all(s.use is not Use.ALLOCATING for s in self._owned(trainer)):
@@ -1105,6 +1230,7 @@ class Lifecycle:
             seen_step=trainer.seen_step,
             step=trainer.step,
             shares=trainer.shares,
+            keep=trainer.keep,
         )
 
     def _report_rank(self, trainer: Trainer, now: float) -> None:
@@ -1159,12 +1285,15 @@ class Lifecycle:
     def _trim(self, job: str) -> None:
         """Give back what no trainer and no snapshot needs."""
         trainers = self._of_last_life(job)
+        # A node that the job has left, or never had, keeps only what snapshots need.
+        record = self.records.get(job)
+        here = record is not None and (bool(trainers) or self.identity.node in record.nodes)
         # Trainers that have not opened a layout yet will claim what their forerunners left.
-        kept = job in self.records and (
+        kept = here and (
             job in self._bereft or not trainers or not all(t.segment_bytes for t in trainers)
         )
         for slot in list(self.slots.values()):
-            needed = kept or (slot.parity and job in self.records)
+            needed = kept or (slot.parity and here)
             if slot.job == job and slot.use is Use.FREE and slot.owner is None and not needed:
                 self._delete(slot)
 

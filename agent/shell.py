@@ -42,11 +42,10 @@ from ckptd.keys import ClusterKey, check_bind
 from ckptd.manifest import JobManifest
 from ckptd.wire import (
     TRAINER_FRAME_LIMIT_BYTES,
-    CoordinatorMessage,
     Decoder,
-    DiagnosisOrder,
     GetEncoded,
     LauncherMessage,
+    Order,
     Rejected,
     TrainerMessage,
     encode,
@@ -91,7 +90,7 @@ class Agent:
         self._locals: Decoder[TrainerMessage | LauncherMessage] = Decoder(
             TrainerMessage | LauncherMessage, TRAINER_FRAME_LIMIT_BYTES
         )
-        self._orders: Decoder[CoordinatorMessage] = Decoder(CoordinatorMessage)
+        self._orders: Decoder[Order] = Decoder(Order)
         self._bad_messages: set[str] = set()
         self._reports = Reports(
             config.node,
@@ -241,7 +240,9 @@ class Agent:
                 log.error("cannot store", action=type(action).__name__, error=str(error))
                 reason = f"cannot store in {self._config.memory_dir}: {error}"
                 self._loop.call_soon(self._handle, ev.Trouble(reason))
-                if not isinstance(action, ev.KeepRecord):
+                if isinstance(action, ev.KeepTerm):
+                    self._handle(ev.TermNotKept(str(error)))
+                if not isinstance(action, ev.KeepRecord | ev.KeepEntries):
                     break
         if self._lifecycle.dismissed:
             self._stopping.set()
@@ -260,14 +261,11 @@ class Agent:
         while True:
             frame = await self._control.recv()
             try:
-                message = self._orders.decode(frame)
+                order = self._orders.decode(frame)
             except ProtocolError as error:
                 self._note_bad("coordinator", error)
                 continue
-            if isinstance(message, DiagnosisOrder):
-                self._reports.order(message)
-            else:
-                self._handle(ev.FromCoordinator(message))
+            self._handle(ev.FromCoordinator(order.message, order.term, order.coordinator))
 
     async def _watch_connection(self, monitor: Any) -> None:
         while True:
@@ -389,8 +387,14 @@ class Agent:
                 if self._lifecycle.connected:
                     sent = self._control.send(encode(action.message), zmq.DONTWAIT)
                     sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+            case ev.Diagnose():
+                self._reports.order(action.order)
             case ev.Tell():
                 self._send_local(action.conn, encode(action.message))
+            case ev.KeepTerm():
+                self._store.keep_term(action.kept)
+            case ev.KeepEntries():
+                self._store.log.append(action.entries)
             case ev.KeepRecord():
                 self._store.keep_record(action.record)
             case ev.KeepManifest():

@@ -5,6 +5,8 @@ encode and fetch look up and pin what is published. Thread-safe.
 
     <memory>/.lock                                  held while an agent runs
     <memory>/.token                                 tells one memory from an emptied one
+    <memory>/.term                                  KeptTerm: the coordinator that is obeyed
+    <memory>/.log                                   the journal; see `ckptd.agent.log_file`
     <memory>/<job>/record                           JobRecord
     <memory>/<job>/segment-<n>.safetensors          a slot; with .digests beside it once sealed
     <memory>/<job>/parity-<n>.cells                 parity cells; with .digests beside it
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptd.agent.events import Adopted
+from ckptd.agent.log_file import LogFile
 from ckptd.digest import cell_count, cell_span, digest, unpack_one
 from ckptd.errors import CkptdError, ConfigError, CorruptData, Gone, MemoryTooSmall
 from ckptd.ids import SnapshotId
@@ -39,11 +42,13 @@ from ckptd.segment import (
     read_checked_record,
     sidecar_path,
 )
+from ckptd.terms import KeptTerm, Term
 
 _UNSEALED = bytes(LENGTH_BYTES)
 _DAMAGED = ".damaged"
 # Names that begin with a dot cannot be a job's.
 _LOCK, _TOKEN, _NEW = ".lock", ".token", ".new."
+_TERM, _LOG = ".term", ".log"
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap module does not name it
 
 
@@ -100,6 +105,7 @@ class Store:
         self._parities: dict[SnapshotId, Parity] = {}
         self._pins: Counter[Path] = Counter()
         self.token = self._read_token()
+        self.log = LogFile(root / _LOG)
 
     def close(self) -> None:
         """Let another agent use the directory."""
@@ -115,7 +121,7 @@ class Store:
         for path in self.root.iterdir():
             with suppress(OSError):
                 path.rmdir()
-        if {path.name for path in self.root.iterdir()} <= {_LOCK, _TOKEN}:
+        if {path.name for path in self.root.iterdir()} <= {_LOCK, _TOKEN, _TERM, _LOG}:
             self.destroy()
 
     def path(self, name: str) -> Path:
@@ -248,6 +254,9 @@ class Store:
 
     # Manifests and records.
 
+    def keep_term(self, kept: KeptTerm) -> None:
+        _write_published(self.root / _TERM, checked_record(kept))
+
     def keep_record(self, record: JobRecord) -> None:
         directory = self.root / record.job
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -335,9 +344,30 @@ class Store:
             except (CkptdError, OSError) as error:
                 problems.append(f"{name} cannot be used and was deleted: {error}")
                 self.delete(name)
+        entries = self.log.read(problems)
+        term = self._adopt_term(problems)
+        if term is None and entries:
+            # Who spoke last is unknown, but no lower term is to be obeyed again.
+            term = KeptTerm(Term(max(entry.term for entry in entries)), 0.0)
         return Adopted(
-            tuple(segments), tuple(kept), tuple(manifests), tuple(records), tuple(problems)
+            tuple(segments),
+            tuple(kept),
+            tuple(manifests),
+            tuple(records),
+            tuple(problems),
+            term,
+            entries,
         )
+
+    def _adopt_term(self, problems: list[str]) -> KeptTerm | None:
+        path = self.root / _TERM
+        try:
+            return read_checked_record(path, KeptTerm)
+        except FileNotFoundError:
+            return None
+        except (CkptdError, OSError) as error:
+            problems.append(f"{_TERM} cannot be used: {error}")
+            return None
 
     def _adopt_segment(self, path: Path, problems: list[str]) -> Sidecar | None:
         with path.open("rb") as file:

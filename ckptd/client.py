@@ -8,7 +8,7 @@ import zmq
 from ckptd.control import client_socket
 from ckptd.errors import CoordinatorUnreachable, ProtocolError, Refused
 from ckptd.keys import ClusterKey
-from ckptd.wire import Answer, AskStatus, ClientMessage, Decoder, RemoveJob, encode
+from ckptd.wire import Answer, AskStatus, ClientMessage, ClientOrder, Decoder, encode
 
 
 def ask_status(endpoint: str, key: ClusterKey, timeout_s: float = 5.0) -> dict[str, Any]:
@@ -17,9 +17,15 @@ def ask_status(endpoint: str, key: ClusterKey, timeout_s: float = 5.0) -> dict[s
     return document
 
 
-def remove_job(endpoint: str, key: ClusterKey, job: str, timeout_s: float = 5.0) -> None:
-    """Forget a job everywhere. Raises Refused with the reason, or CoordinatorUnreachable."""
-    _ask(endpoint, key, RemoveJob(job), timeout_s)
+def give_order(
+    endpoint: str, key: ClusterKey, order: ClientOrder, timeout_s: float = 5.0
+) -> dict[str, Any]:
+    """Have the coordinator do something; returns everything it knows then.
+
+    Raises Refused with the reason, or CoordinatorUnreachable.
+    """
+    document: dict[str, Any] = _ask(endpoint, key, order, timeout_s)
+    return document
 
 
 def _ask(endpoint: str, key: ClusterKey, question: ClientMessage, timeout_s: float) -> Any:

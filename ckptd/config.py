@@ -12,6 +12,7 @@ from ckptd.ids import check_job_id
 ENV_JOB = "CKPTD_JOB"
 ENV_AGENT = "CKPTD_AGENT"
 ENV_COORDINATOR = "CKPTD_COORDINATOR"
+ENV_KEEP = "CKPTD_KEEP"
 ENV_RENDEZVOUS = "CKPTD_RENDEZVOUS"
 ENV_ERASURE_ENGINE = "CKPTD_ERASURE_ENGINE"
 ENV_TIMING = "CKPTD_TIMING"
@@ -30,10 +31,15 @@ class TrainerConfig:
     """Job id; the same after every restart."""
     agent: str
     """Path of the Unix socket of this node's agent; "" for the embedded one."""
+    keep: int = 1
+    """How many protected snapshots are kept."""
 
 
 def trainer_config(
-    job: str | None, agent: str | None, environ: Mapping[str, str] = os.environ
+    job: str | None,
+    agent: str | None,
+    environ: Mapping[str, str] = os.environ,
+    keep: int | None = None,
 ) -> TrainerConfig:
     """Arguments over environment. Raises ConfigError for what is missing or unusable.
 
@@ -48,7 +54,16 @@ def trainer_config(
         agent = environ.get(ENV_AGENT)
     if not agent:
         _check_one_machine(environ)
-    return TrainerConfig(check_job_id(found or ""), agent or "")
+    return TrainerConfig(check_job_id(found or ""), agent or "", _keep(keep, environ))
+
+
+def _keep(keep: int | None, environ: Mapping[str, str]) -> int:
+    """Raises ConfigError for less than one, or what is no number."""
+    value = environ.get(ENV_KEEP) or "1" if keep is None else str(keep)
+    if not value.isdecimal() or not int(value):
+        where = ENV_KEEP + "=" if keep is None else "keep="
+        raise ConfigError(f"{where}{value}: so many protected snapshots are kept: 1 or more")
+    return int(value)
 
 
 def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:

@@ -39,6 +39,10 @@ class CoordinatorUnreachable(UserError):
     """No coordinator answers at the configured address."""
 
 
+class Superseded(UserError):
+    """Another coordinator has taken over, or is alive: there must be one only."""
+
+
 class ResumeImpossible(UserError):
     """A job that may have a snapshot cannot be resumed now, and must not start from nothing."""
 

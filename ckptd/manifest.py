@@ -145,18 +145,40 @@ class NodeManifest(msgspec.Struct, frozen=True):
         raise KeyError(rank)
 
 
+class GivenUp(msgspec.Struct, frozen=True, array_like=True):
+    """A rollback to `step` of `life` gave up all newer snapshots of lives before `before`."""
+
+    life: Count
+    step: Count
+    before: Count
+
+
 class JobRecord(msgspec.Struct, frozen=True):
-    """What must be known of a job to decide whether it may start from nothing.
+    """What must be known of a job to decide whether it may start from nothing, and from where.
 
     Given to every agent of the cluster when a life is granted, so that it outlives the coordinator
     and the nodes of the job. `nodes` maps each node of the life to the token of its memory
-    directory: another token means that the node came back with nothing.
+    directory: another token means that the node came back with nothing. `keep`: how many protected
+    snapshots are kept.
     """
 
     job: JobId
     life: Count
     nodes: dict[str, str]
     ancestors: tuple[Ancestor, ...]
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 1
+    given_up: tuple[GivenUp, ...] = ()
+
+    def has_given_up(self, id: SnapshotId) -> bool:
+        """Whether a rollback went back past `id`, so that the job must not go on from it."""
+        if id.life >= self.life or any(
+            id.life == past.life and id.step <= past.step for past in self.ancestors
+        ):
+            return False
+        return any(
+            id.life < each.before and (id.life, id.step) > (each.life, each.step)
+            for each in self.given_up
+        )
 
 
 def is_ancestor(id: SnapshotId, of: SnapshotId, ancestors: tuple[Ancestor, ...]) -> bool:

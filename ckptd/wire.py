@@ -4,14 +4,16 @@ A frame is `b"ck"`, one byte of protocol version, then msgpack. The version is l
 anything else, so that a peer of another version is told so instead of failing on a field.
 """
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 
 from ckptd.errors import ProtocolError
 from ckptd.ids import Count, JobId, NodeId, SnapshotId
+from ckptd.journal import Entry, LogSummary
 from ckptd.manifest import Extent, JobManifest, JobRecord
 from ckptd.sketches import Sketch
+from ckptd.terms import Obeyed
 
 PROTOCOL_VERSION = 4
 FRAME_LIMIT_BYTES = 64 << 20
@@ -30,7 +32,10 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Attach(Message, frozen=True):
-    """First message of a trainer. `life` is 0 before `resume()`, and set when it reconnects."""
+    """First message of a trainer. `life` is 0 before `resume()`, and set when it reconnects.
+
+    `keep`: how many protected snapshots shall be kept; `slots` has at least one place more.
+    """
 
     job: JobId
     round: str
@@ -39,6 +44,7 @@ class Attach(Message, frozen=True):
     every: int
     slots: int
     life: Count = 0
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class AskResume(Message, frozen=True):
@@ -217,7 +223,7 @@ class Holding(msgspec.Struct, frozen=True):
 class RankState(msgspec.Struct, frozen=True):
     """One attached trainer as its agent sees it.
 
-    `free_slots` counts slots that no ticket up to `seen_step` has taken.
+    `keep` is as in `Attach`. `free_slots` counts slots that no ticket up to `seen_step` has taken.
     """
 
     job: JobId
@@ -230,6 +236,7 @@ class RankState(msgspec.Struct, frozen=True):
     seen_step: Count
     step: Count
     shares: tuple[Share, ...] = ()
+    keep: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class Hello(Message, frozen=True):
@@ -257,6 +264,9 @@ class Hello(Message, frozen=True):
     launchers: tuple[str, ...]
     problems: tuple[str, ...]
     spare_bytes: Count = 0
+    obeyed: Obeyed = Obeyed()
+    log: LogSummary = LogSummary()
+    """What it keeps of the journal."""
 
 
 class Fetching(msgspec.Struct, frozen=True):
@@ -372,6 +382,18 @@ class LauncherWaiting(Message, frozen=True):
     waiting: bool
 
 
+class Outdated(Message, frozen=True):
+    """An order was not obeyed: it is of another coordinator than the one that is obeyed here."""
+
+    obeyed: Obeyed
+
+
+class Entries(Message, frozen=True):
+    """Answer to AskEntries: all that this agent keeps of the journal."""
+
+    entries: tuple[Entry, ...]
+
+
 class Sketched(Message, frozen=True):
     """How far the ranks of a node have come in their collectives."""
 
@@ -446,6 +468,8 @@ AgentMessage = (
     | SnapshotFailed
     | RebuildFailed
     | LauncherWaiting
+    | Outdated
+    | Entries
     | Sketched
     | Looked
     | Collected
@@ -458,14 +482,36 @@ AgentMessage = (
 
 
 class Welcome(Message, frozen=True):
-    """The agent belongs to the cluster."""
+    """The agent belongs to the cluster. The first order of a term; no other one begins it.
+
+    `address` and `lease_s` are for the agent's word on whom it obeys, as in `Term`.
+    """
 
     beat_s: float
     cell_bytes: int
+    address: str = ""
+    lease_s: float = 0.0
 
 
 class WhoAreYou(Message, frozen=True):
-    """The coordinator does not know this agent (any more): say Hello again."""
+    """The coordinator does not know this agent (any more): say Hello again. No order, of no term.
+
+    Whoever asks is answered: so a coordinator hears of other terms before it gives an order.
+    """
+
+
+class Present(Message, frozen=True):
+    """The coordinator is alive; said when there may be nothing else to say."""
+
+
+class AskEntries(Message, frozen=True):
+    """Send all that is kept of the journal."""
+
+
+class KeepEntries(Message, frozen=True):
+    """Keep these entries of the journal, too."""
+
+    entries: tuple[Entry, ...]
 
 
 class Dismiss(Message, frozen=True):
@@ -491,7 +537,10 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """A new life of a job. Sent to every agent that has ranks of it."""
+    """A new life of a job. Sent to every agent that has ranks of it.
+
+    `quota_bytes`: most memory that the job may have on each node; None: what the agent has.
+    """
 
     job: JobId
     round: str
@@ -501,6 +550,7 @@ class Grant(Message, frozen=True):
     record: JobRecord
     source: Source | None
     parity_fraction: float
+    quota_bytes: Count | None = None
 
 
 class ResumeWaits(Message, frozen=True):
@@ -623,6 +673,9 @@ DiagnosisOrder = TellAll | LookAt | Collect | KillWorkers | AskClock
 CoordinatorMessage = (
     Welcome
     | WhoAreYou
+    | Present
+    | AskEntries
+    | KeepEntries
     | Dismiss
     | Grant
     | ResumeWaits
@@ -643,6 +696,14 @@ CoordinatorMessage = (
 )
 
 
+class Order(Message, frozen=True):
+    """What goes over the wire: a message of the coordinator, and its term, for it to be refused."""
+
+    term: Count
+    coordinator: str
+    message: CoordinatorMessage
+
+
 # CLI to coordinator, and CLI to agent (a launcher that waits).
 
 
@@ -656,6 +717,39 @@ class RemoveJob(Message, frozen=True):
     job: JobId
 
 
+class RollBack(Message, frozen=True):
+    """Let a job resume next from its snapshot of `step`, of `life` if several lives have one.
+
+    Without a step, what was asked for before is taken back.
+    """
+
+    job: JobId
+    step: Count | None = None
+    life: Count | None = None
+
+
+class DrainNode(Message, frozen=True):
+    """A node is to leave the cluster, or (`drain` False) is to stay after all."""
+
+    node: NodeId
+    drain: bool
+
+
+class IsolateNode(Message, frozen=True):
+    """A node shall have no part in any new life, or (`isolated` False) it may again."""
+
+    node: NodeId
+    isolated: bool
+    reason: str
+
+
+class SetQuota(Message, frozen=True):
+    """Most memory that a job may have on each node from its next life on; None: the default."""
+
+    job: JobId
+    size_bytes: Count | None
+
+
 class Answer(Message, frozen=True):
     """The coordinator's answer to the CLI: a JSON document, or an error text."""
 
@@ -663,7 +757,8 @@ class Answer(Message, frozen=True):
     error: str = ""
 
 
-ClientMessage = AskStatus | RemoveJob
+ClientOrder = RemoveJob | RollBack | DrainNode | IsolateNode | SetQuota
+ClientMessage = AskStatus | ClientOrder
 
 
 class WaitForWork(Message, frozen=True):

@@ -50,7 +50,12 @@ from ckptd.logs import set_up_logs
     type=click.FloatRange(0.2, 600),
     default=4.0,
     show_default=True,
-    help="A node that is silent for so many seconds is lost.",
+    help="A node that is silent for so many seconds is lost; it is suspect within three beats.",
+)
+@click.option(
+    "--job-quota",
+    type=options.Size(),
+    help="Most memory of one job on each node. Default: none; `ckptd quota` sets that of one job.",
 )
 @click.option(
     "--rebuild-after",
@@ -80,6 +85,18 @@ from ckptd.logs import set_up_logs
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the bound address to this file, for scripts that listen on port 0 (tcp://…:*).",
 )
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Begin a new term although agents obey another coordinator, which may be alive. For once, "
+    "by hand: not for a unit file.",
+)
+@click.option(
+    "--lease-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Lock this file: its holder is the one coordinator, and needs no --take-over. For hosts "
+    "that share it, on a file system with locks.",
+)
 @options.key_file
 @options.log_options
 def command(
@@ -89,10 +106,13 @@ def command(
     cell_size: int,
     beat: float,
     lease: float,
+    job_quota: int | None,
     rebuild_after: float,
     policy: str,
     window: float,
     announce: Path | None,
+    take_over: bool,
+    lease_file: Path | None,
     key_file: Path | None,
     log_level: str,
     log_json: bool,
@@ -102,6 +122,9 @@ def command(
     It keeps the list of nodes, forms groups, issues tickets for snapshots, runs the commit, and
     grants lives at resume. It never carries a byte of training state, and all that it knows it can
     learn again from the agents: its death stops no training.
+
+    Start it again at the same address, and it goes on in a new term. At another address it refuses
+    to while agents obey the old one; --take-over makes it go on, and the old one is obeyed no more.
     """
     if lease < 3 * beat:
         raise click.UsageError(f"--lease {lease} must be at least three times --beat {beat}")
@@ -112,8 +135,14 @@ def command(
             f"--parity-shards {parity_shards} must be fewer than --group-nodes {group_nodes}"
         )
     set_up_logs(log_level, log_json)
-    diagnosis = DiagnosisSettings(policy, Thresholds(window_min_s=window))
     settings = Settings(
-        cell_size, parity_shards, group_nodes, beat, lease, rebuild_after, diagnosis=diagnosis
+        cell_size,
+        parity_shards,
+        group_nodes,
+        beat,
+        lease,
+        rebuild_after_s=rebuild_after,
+        job_quota_bytes=job_quota,
+        diagnosis=DiagnosisSettings(policy, Thresholds(window_min_s=window)),
     )
-    run_coordinator(CoordinatorConfig(listen, settings, key_file, announce))
+    run_coordinator(CoordinatorConfig(listen, settings, key_file, announce, take_over, lease_file))

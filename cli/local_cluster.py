@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import psutil
 
 from ckptd.client import ask_status
-from ckptd.config import ENV_AGENT, ENV_COORDINATOR
+from ckptd.config import ENV_AGENT, ENV_COORDINATOR, ENV_KEEP
 from ckptd.errors import CkptdError
 from ckptd.keys import ClusterKey
 
@@ -75,7 +75,7 @@ class LocalCluster:
         self._coordinator_flags, self._agent_flags = list(coordinator_flags), list(agent_flags)
         self._environ = {**os.environ, **(environ or {}), _MARK: self.mark}
         self._environ["TMPDIR"] = str(self.directory)  # torchrun leaves things behind when killed
-        for name in (ENV_AGENT, ENV_COORDINATOR, "CKPTD_JOB", "CKPTD_RENDEZVOUS"):
+        for name in (ENV_AGENT, ENV_COORDINATOR, ENV_KEEP, "CKPTD_JOB", "CKPTD_RENDEZVOUS"):
             if name not in (environ or {}):
                 self._environ.pop(name, None)
         self.endpoint = ""
@@ -207,7 +207,7 @@ class LocalCluster:
 
         def there() -> bool:
             nodes = self.status()["nodes"]
-            return len([node for node in nodes if node["state"] == "live"]) >= count
+            return len([node for node in nodes if node["state"] != "lost"]) >= count
 
         self.wait(f"{count} live agents", there, timeout_s)
 

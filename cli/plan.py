@@ -58,11 +58,17 @@ _SAFE, _DOUBTFUL = 0.999, 0.9
     help="k+m: k data and m parity shards; may be given several times. Default: usual ones.",
 )
 @click.option(
+    "--keep",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Protected snapshots that are kept, to roll back to.",
+)
+@click.option(
     "--slots",
     type=click.IntRange(2),
-    default=2,
-    show_default=True,
-    help="Slots of each rank; from 3 on, capture and protection overlap.",
+    help="Slots of each rank; with more than keep+1, which is the default, capture and protection "
+    "overlap.",
 )
 @click.option(
     "--copy",
@@ -87,6 +93,10 @@ def command(codes: tuple[str, ...], as_json: bool, **known: Any) -> None:
             raise click.UsageError(f"{flag} is 0; it must be more")
     if known["domains"] is not None and known["domains"] > known["nodes"]:
         raise click.UsageError(f"--domains {known['domains']}: more than --nodes {known['nodes']}")
+    least = known["keep"] + 1
+    known["slots"] = least if known["slots"] is None else known["slots"]
+    if known["slots"] < least:
+        raise click.UsageError(f"--slots {known['slots']}: at least {least}, one more than --keep")
     cluster = Cluster(**known)
     found = [estimate(cluster, code) for code in _choose(codes, cluster.nodes)]
     if as_json:

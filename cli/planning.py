@@ -22,8 +22,6 @@ from math import comb, expm1
 
 from ckptd.erasure import exposures, form_groups, parity_of_group
 
-PARITY_GENERATIONS = 2
-"""The last protected snapshot's parity stays until that of the next is complete."""
 MONTH_S, YEAR_S = 30 * 86400.0, 365 * 86400.0
 AT_ONCE = (2, 3, 4, 5)
 """How many nodes are lost at the same time in what `estimate` looks at."""
@@ -61,6 +59,8 @@ class Cluster:
     """Mean time between losses of one node, in seconds."""
     repair_s: float
     """From the loss of a node until another has taken its place, in seconds."""
+    keep: int = 1
+    """How many protected snapshots are kept."""
     slots: int = 2
     """Places for segments on each rank."""
     copy_bytes_per_s: float | None = None
@@ -76,8 +76,12 @@ class Cluster:
                 raise ValueError(f"{name} is {value}; it must be more than 0")
         if self.nodes < 2:
             raise ValueError(f"nodes is {self.nodes}; nodes protect one another from 2 on")
-        if self.slots < 2:
-            raise ValueError(f"slots is {self.slots}; one holds a snapshot, one takes the next")
+        if self.keep < 1:
+            raise ValueError(f"keep is {self.keep}; at least one snapshot is kept")
+        if self.slots <= self.keep:
+            raise ValueError(
+                f"slots is {self.slots}; {self.keep} hold a snapshot each, one takes the next"
+            )
         if self.repair_s < 0:
             raise ValueError(f"repair_s is {self.repair_s}; it is at least 0")
         if self.domains is not None and not 1 <= self.domains <= self.nodes:
@@ -141,8 +145,9 @@ def estimate(cluster: Cluster, code: Code) -> Estimate:
     """What `code` costs `cluster`, and what it survives.
 
     Groups are drawn as the coordinator does it when told `code`. With P for parity shards, D for
-    data shards and one node's image: memory is slots + 2 P/D images; a node sends (D+P-1)/D images
-    to protect; a newcomer receives one image to have it back and 1 + P/D in all. With two slots a
+    data shards and one node's image: memory is slots + (keep+1) P/D images, for the parity of those
+    that are kept stays until that of the next is complete; a node sends (D+P-1)/D images to
+    protect; a newcomer receives one image to have it back and 1 + P/D in all. With keep+1 slots a
     capture waits until the snapshot before it is protected; with more, the two overlap.
 
     Raises ValueError for a code without data or parity shards, or of more nodes than there are.
@@ -165,15 +170,16 @@ def estimate(cluster: Cluster, code: Code) -> Estimate:
     k, m = dearest.data_shards, dearest.parity_shards
     image = cluster.image_bytes
     sent = -(-image * (k + m - 1) // k)
+    overlap = cluster.slots > cluster.keep + 1
     capture_s = image / cluster.copy_bytes_per_s if cluster.copy_bytes_per_s else 0.0
     protect_s = sent / cluster.link_bytes_per_s
     return Estimate(
         code=code,
         groups=tuple(groups),
-        memory_bytes=cluster.slots * image + PARITY_GENERATIONS * -(-image * m // k),
+        memory_bytes=cluster.slots * image + (cluster.keep + 1) * -(-image * m // k),
         sent_bytes=sent,
         protect_s=protect_s,
-        interval_s=capture_s + protect_s if cluster.slots == 2 else max(capture_s, protect_s),
+        interval_s=max(capture_s, protect_s) if overlap else capture_s + protect_s,
         image_back_s=image / cluster.link_bytes_per_s,
         protected_again_s=_protected_again_s(cluster, dearest),
         fatal_domains=tuple(sorted(fatal)),

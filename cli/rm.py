@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from ckptd.cli import options
-from ckptd.client import remove_job
+from ckptd.client import give_order
 from ckptd.keys import ClusterKey
+from ckptd.wire import RemoveJob
 
 
 @click.command(cls=options.Command)
@@ -18,5 +19,5 @@ def command(job: str, yes: bool, coordinator: str, key_file: Path | None) -> Non
     """Forget JOB and free its memory on every node; it then starts from nothing."""
     if not yes:
         click.confirm(f"Give up every snapshot of {job!r}?", abort=True)
-    remove_job(coordinator, ClusterKey.read(key_file), job)
+    give_order(coordinator, ClusterKey.read(key_file), RemoveJob(job))
     click.echo(f"{job}: forgotten, its memory is given back")

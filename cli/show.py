@@ -14,6 +14,7 @@ GOOD, BUSY, WARN, BAD, PAST = "green", "cyan", "yellow", "bold red", "dim"
 
 _STATES = {
     "live": GOOD,
+    "suspect": WARN,
     "ticketed": BUSY,
     "capturing": BUSY,
     "sealed": BUSY,
@@ -76,9 +77,9 @@ def age(age_s: float) -> str:
     return f"{age_s / 3600:.1f} h" if age_s < 48 * 3600 else f"{age_s / 86400:.1f} days"
 
 
-def count(number: int, thing: str) -> str:
+def count(number: int, thing: str, things: str = "") -> str:
     """1 step, 2 steps."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    return f"{number} {thing}" if number == 1 else f"{number} {things or thing + 's'}"
 
 
 def spans(numbers: Iterable[int]) -> str:

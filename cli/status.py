@@ -1,6 +1,7 @@
 """`ckptd status`."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from time import sleep
@@ -92,9 +93,12 @@ def render(document: Mapping[str, Any], address: str, job: str | None = None) ->
 
 
 def _header(coordinator: Mapping[str, Any], address: str) -> Text:
+    entries = show.count(coordinator["log_entries"], "entry", "entries")
+    term = f"term {coordinator['term']}" if coordinator["term"] else "no term yet"
     return Text.assemble(
         ("coordinator ", "bold"),
         (address, "bold"),
+        f" · {coordinator['id']} · {term} · log of {entries}"
         f" · up {show.age(coordinator['up_s'])} · cells of {show.size(coordinator['cell_bytes'])}",
         f" · nodes are lost after {coordinator['lease_s']:g} s of silence",
     )
@@ -106,10 +110,11 @@ def _nodes(nodes: list[dict[str, Any]], address: str) -> RenderableType:
             Text("No agent has said hello yet. Start one on each node:", show.WARN),
             Text(f"  ckptd agent --coordinator {address}"),
         )
-    live = sum(node["state"] == "live" for node in nodes)
-    title = Text.assemble(("nodes", "bold"), f"  {live} live")
-    if lost := len(nodes) - live:
-        title.append(", ").append(f"{lost} lost", show.BAD)
+    count = Counter(node["state"] for node in nodes)
+    title = Text.assemble(("nodes", "bold"), f"  {count['live']} live")
+    for state, style in (("suspect", show.WARN), ("lost", show.BAD)):
+        if count[state]:
+            title.append(", ").append(f"{count[state]} {state}", style)
     head = ["node", "state", "domain", "engine", "ranks", "memory", "seen"]
     return Group(title, show.Listing(head, [_node(node) for node in nodes], ["domain"]))
 
@@ -212,17 +217,33 @@ def _summary(job: Mapping[str, Any]) -> Text:
         line.append(f" · step {job['step']}")
         line.append(f" · {job['step_s']:.3g} s a step" if job["step_s"] else "")
     if job["resumed_from"]:
-        line.append(f" · resumed from {job['resumed_from'].rpartition('/')[2]}")
+        line.append(f" · resumed from {_short(job['resumed_from'])}")
+    if job["keep"] > 1:
+        line.append(f" · keeps {job['keep']} snapshots")
+    if job["quota_bytes"] is not None:
+        line.append(f" · at most {show.size(job['quota_bytes'])} on a node")
     return line
+
+
+def _short(id: str) -> str:
+    """LIFE.STEP."""
+    return id.rpartition("/")[2]
 
 
 def _troubles(job: Mapping[str, Any], nodes: list[dict[str, Any]]) -> list[Text]:
     found = []
     if job["waiting_for"]:
         found.append(show.note(f"waits for {job['waiting_for']}"))
+    if job["rollback"]:
+        text = f"resumes next from {_short(job['rollback'])}, as `ckptd rollback` asked for"
+        if job["training"]:
+            text += "; it is held until then, in a slot of new snapshots"
+        found.append(show.note(text))
+    if job["suspect_nodes"] and job["training"]:
+        found.append(show.note(f"no tickets until {', '.join(job['suspect_nodes'])} is heard"))
     for one in job["restoring"][:_RESTORING_SHOWN]:
         text = (
-            f"rank {one['rank']} of {one['id'].rpartition('/')[2]} comes to {one['node']}: "
+            f"rank {one['rank']} of {_short(one['id'])} comes to {one['node']}: "
             f"{one['done']:.0%}, {show.size(one['bytes_per_s'])}/s, {show.age(one['left_s'])} left"
         )
         found.append(Text(text, show.BUSY))
@@ -230,9 +251,9 @@ def _troubles(job: Mapping[str, Any], nodes: list[dict[str, Any]]) -> list[Text]
     if job["attached_ranks"] < job["world_size"]:
         text = f"{job['attached_ranks']} of {show.count(job['world_size'], 'rank')} attached"
         found.append(show.note(text))
-    live = {node["node"] for node in nodes if node["state"] == "live"}
+    here = {n["node"] for n in nodes if n["state"] != "lost" and n["isolated"] is None}
     for lost, spare in job["vacancies"].items():
-        if lost not in live:
+        if lost not in here:
             text = (
                 f"{spare} was called in place of {lost}"
                 if spare

@@ -97,6 +97,21 @@ def test_an_agent_with_an_unknown_erasure_engine_does_not_start(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["rollback", "lm", "--to", "2.x"], "--to 2.x: write a step, as 180, or LIFE.STEP"),
+        (["rollback", "lm", "--to", "180", "--clear"], "--to or --clear, not both"),
+        (["drain", "n1", "--undo", "--wait"], "--undo or --wait, not both"),
+        (["isolate", "n1"], "--reason"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anybody_is_asked(arguments, says):
+    result = CliRunner().invoke(main, [*arguments, "--coordinator", "tcp://127.0.0.1:9"])
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+@pytest.mark.parametrize(
     "given", [["--nnodes=1", "t.py"], ["--nnodes", "1:1", "t.py"], ["t.py", "--nnodes=2"], ["t.py"]]
 )
 def test_a_job_on_one_machine_is_known_as_such(given):

@@ -48,6 +48,8 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "mended_cells": 0,
         "sent_damaged_cells": {},
         "seen_s_ago": 0.2,
+        "isolated": None,
+        "draining": None,
         "reasons": [],
         **changed,
     }
@@ -96,7 +98,16 @@ AGAIN = (
 )
 
 DOCUMENT: dict[str, Any] = {
-    "coordinator": {"up_s": 7500.0, "cell_bytes": 4 * MIB, "beat_s": 0.5, "lease_s": 4.0},
+    "coordinator": {
+        "id": "9f86d081884c7d65",
+        "address": "tcp://10.0.0.9:7070",
+        "term": 3,
+        "log_entries": 12,
+        "up_s": 7500.0,
+        "cell_bytes": 4 * MIB,
+        "beat_s": 0.5,
+        "lease_s": 4.0,
+    },
     "nodes": [
         node("node-a", ranks=of_lm(range(4)), reasons=[PROBLEM]),
         node("node-b", state="lost", seen_s_ago=31.0, reasons=[LOST]),
@@ -120,6 +131,10 @@ DOCUMENT: dict[str, Any] = {
             "step_s": 0.125,
             "resumed_from": "lm/2.890",
             "waiting_for": WAITS,
+            "keep": 3,
+            "rollback": "lm/2.850",
+            "quota_bytes": 4 << 30,
+            "suspect_nodes": [],
             "restoring": [
                 {
                     "node": "node-d",
@@ -178,6 +193,10 @@ DOCUMENT: dict[str, Any] = {
             "step_s": 0.125,
             "resumed_from": None,
             "waiting_for": "",
+            "keep": 1,
+            "rollback": None,
+            "quota_bytes": None,
+            "suspect_nodes": ["node-a"],
             "restoring": [],
             "at_risk": {"process_steps": 1, "process_s": 0.4, "node_steps": 2, "node_s": 0.5},
             "groups": [],
@@ -205,7 +224,8 @@ def words(page: RenderableType, width: int) -> str:
 def test_status_hides_no_reason_and_no_number(width: int) -> None:
     said = words(status.render(DOCUMENT, "tcp://10.0.0.9:7070"), width)
     for expected in (
-        "coordinator tcp://10.0.0.9:7070 · up 2.1 h · cells of 4 MiB",
+        "coordinator tcp://10.0.0.9:7070 · 9f86d081884c7d65 · term 3 · log of 12 entries",
+        "up 2.1 h · cells of 4 MiB",
         "3 live, 1 lost",
         "node-a live rack-7 isa-l 2.32.0 lm 0-3 384 MiB / 512 MiB 75% 0.2 s ago",
         f"! {PROBLEM}",
@@ -213,7 +233,9 @@ def test_status_hides_no_reason_and_no_number(width: int) -> None:
         f"! parity by zfec 1.6.0.0: {NO_ISAL}",
         "lm 8-9; other 0",
         "spare; waits for lm",
-        "job lm waits · life 3 · resumed from 2.890",
+        "job lm waits · life 3 · resumed from 2.890 · keeps 3 snapshots · at most 4 GiB on a node",
+        "! resumes next from 2.850, as `ckptd rollback` asked for",
+        "! no tickets until node-a is heard",
         f"! waits for {WAITS}",
         f"! {NO_ROOM}",
         "! 6 of 10 ranks attached",

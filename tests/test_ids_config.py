@@ -109,6 +109,14 @@ class TestTrainerConfig:
             trainer_config("mine", None, environ)
         assert trainer_config("mine", "/run/agent", environ).agent == "/run/agent"
 
+    def test_how_many_snapshots_are_kept_argument_over_environment_over_one(self) -> None:
+        assert trainer_config("mine", "/a", {}).keep == 1
+        assert trainer_config("mine", "/a", {"CKPTD_KEEP": "3"}).keep == 3
+        assert trainer_config("mine", "/a", {"CKPTD_KEEP": "3"}, keep=2).keep == 2
+        for environ, keep in (({"CKPTD_KEEP": "0"}, None), ({"CKPTD_KEEP": "x"}, None), ({}, 0)):
+            with pytest.raises(ConfigError, match=r"(CKPTD_KEEP|keep)=.*1 or more"):
+                trainer_config("mine", "/a", environ, keep=keep)
+
     def test_the_embedded_agents_directory_is_the_users_own(self) -> None:
         assert runtime_dir({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/ckptd")
         for environ in ({}, {"XDG_RUNTIME_DIR": ""}):

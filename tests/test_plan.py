@@ -66,6 +66,11 @@ class TestCosts:
         slow = estimate(cluster(copy_bytes_per_s=0.5 * GB, slots=3), Code(6, 2))
         assert slow.interval_s == pytest.approx(20)
 
+    def test_each_snapshot_that_is_kept_costs_an_image_and_its_parity(self) -> None:
+        three = estimate(cluster(8, keep=3, slots=4), Code(6, 2))
+        assert three.memory_bytes == pytest.approx(4 * (1 + 2 / 6) * 10 * GB)
+        assert three.interval_s == estimate(cluster(8), Code(6, 2)).interval_s
+
     def test_where_groups_differ_the_dearest_counts(self) -> None:
         """Ten nodes are not 8 and 2: the coordinator draws two groups of 3+2."""
         one = estimate(cluster(10), Code(6, 2))
@@ -84,7 +89,9 @@ class TestCosts:
             ({"link_bytes_per_s": 0.0}, "link_bytes_per_s is 0.0"),
             ({"node_mtbf_s": float("nan")}, "node_mtbf_s is nan"),
             ({"copy_bytes_per_s": -1.0}, "copy_bytes_per_s is -1.0"),
-            ({"slots": 1}, "slots is 1"),
+            ({"slots": 1}, "slots is 1; 1 hold a snapshot each, one takes the next"),
+            ({"slots": 3, "keep": 3}, "slots is 3; 3 hold"),
+            ({"keep": 0}, "keep is 0"),
             ({"repair_s": -1.0}, "repair_s is -1.0; it is at least 0"),
             ({"domains": 9}, "domains is 9; there are 1 to 8"),
         ],

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ckptd import wire
 from ckptd.errors import ProtocolError
 from ckptd.ids import SnapshotId
-from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member
+from ckptd.journal import Entry, Isolated, LogSummary, Rollback
+from ckptd.manifest import Ancestor, Extent, GivenUp, Group, JobManifest, JobRecord, Member
+from ckptd.terms import Obeyed, Term
 from ckptd.wire import Attach, Decoder, Message, Progress, TrainerMessage, encode
 
 ID = SnapshotId("job", 2, 70)
@@ -18,9 +20,11 @@ EXTENTS = (Extent(0, 100), Extent(1, 2**40))
 MANIFEST = JobManifest(
     ID, 2, (Group((Member("a", EXTENTS), Member("b", ())), 1),), "zfec", 4096, (Ancestor(1, 60),)
 )
-RECORD = JobRecord("job", 2, {"a": "token"}, (Ancestor(1, 60),))
+RECORD = JobRecord("job", 2, {"a": "token"}, (Ancestor(1, 60),), 3, (GivenUp(1, 60, 2),))
 RANK = wire.RankState("job", "round", 2, 0, 2, 1, 1, 60, 61)
 HOLDING = wire.Holding(ID, 2, EXTENTS, True, MANIFEST)
+OBEYED = Obeyed(Term(3, "c", "tcp://h:1", 4.0), float("inf"), None)
+ENTRIES = (Entry(2, 1, Isolated("a", True, "why")), Entry(3, 2, Rollback("job", ID)))
 SOURCE = wire.Source(MANIFEST, {0: ("a",)}, {0: 100}, ("b",), {"a": "127.0.0.1:1"})
 
 MESSAGES: list[tuple[object, Message]] = [
@@ -31,11 +35,20 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.AgentToTrainer, wire.Granted(3, None, "nothing yet")),
     (wire.AgentToTrainer, wire.Ticket(ID, "/dev/shm/x")),
     (wire.AgentMessage, wire.Hello("a", "i", "t", "h", "c", "d", False, "zfec", "isa-l", "", 1, 0,
-                                   (HOLDING,), (RANK,), (RECORD,), ("job",), ("problem",))),
+                                   (HOLDING,), (RANK,), (RECORD,), ("job",), ("problem",),
+                                   7, OBEYED, LogSummary(1, (2, 3), 2**64 - 1))),
+    (wire.AgentMessage, wire.Outdated(OBEYED)),
+    (wire.AgentMessage, wire.Entries(ENTRIES)),
     (wire.AgentMessage, wire.SegmentReady("job", 2, 1, ID, 3, 4)),
     (wire.CoordinatorMessage, wire.Grant("job", "r", 2, ID, "why", RECORD, SOURCE, 0.5)),
     (wire.CoordinatorMessage, wire.Protect(MANIFEST, {"a": "127.0.0.1:1"})),
+    (wire.CoordinatorMessage, wire.KeepEntries(ENTRIES)),
+    (wire.Order, wire.Order(3, "c", wire.Welcome(0.5, 4096, "tcp://h:1", 4.0))),
     (wire.ClientMessage, wire.RemoveJob("job")),
+    (wire.ClientMessage, wire.RollBack("job", 70, 2)),
+    (wire.ClientMessage, wire.DrainNode("a", True)),
+    (wire.ClientMessage, wire.IsolateNode("a", True, "why")),
+    (wire.ClientMessage, wire.SetQuota("job", None)),
     (wire.LauncherMessage, wire.WaitForWork("job")),
     (wire.AgentToLauncher, wire.Here("a", "127.0.0.1")),
     (wire.PeerRequest, wire.GetEncoded(ID, 0, 2**40, 1)),

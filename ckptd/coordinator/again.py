@@ -18,6 +18,8 @@ class Plan:
     taken: dict[Place, str]
     groups: tuple[int, ...]
     hindrances: tuple[str, ...]
+    homeless: tuple[Member, ...] = ()
+    """Places of lost nodes whose segments others hold, and none that could take the place all."""
 
 
 def has_parity(member: Member, holdings: Holdings) -> bool:
@@ -43,6 +45,7 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
     taken: dict[Place, str] = {}
     groups: list[int] = []
     hindrances: list[str] = []
+    homeless: list[Member] = []
     for number, group in enumerate(manifest.groups):
         if not group.parity_shards:
             continue
@@ -58,11 +61,13 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
                 continue
             if heir is None:
                 hindrances.append(_why_not(member, held))
+                if all(extent.rank in held for extent in member.extents):
+                    homeless.append(member)
             else:
                 taken[number, place] = nodes[place] = heir
         if _can_make(group, nodes, lacking, holdings, held):
             groups.append(number)
-    return Plan(taken, tuple(groups), tuple(hindrances))
+    return Plan(taken, tuple(groups), tuple(hindrances), tuple(homeless))
 
 
 def _heirs(member: Member, free: list[str], holdings: Holdings) -> Iterator[str]:

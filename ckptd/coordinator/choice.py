@@ -35,8 +35,9 @@ def choose(
     settled_at: float,
     silent_after_s: float,
     now: float,
+    wanted: SnapshotId | None = None,
 ) -> Start | Wait:
-    """The newest snapshot that live nodes can restore.
+    """The newest snapshot that live nodes can restore; or `wanted` and no other, if it is given.
 
     From nothing only if it is certain that there is none. Until `settled_at` (monotonic seconds)
     a coordinator may not have heard of all nodes; one that was not heard for `silent_after_s` is
@@ -54,10 +55,15 @@ def choose(
     ]
     if silent:
         return Wait(f"silent nodes {', '.join(silent)} to answer or be given up")
+    if wanted is not None:
+        return _go_back(job, pending, nodes, wanted)
     notes: list[str] = []
     partial: list[str] = []
     for id in sorted(job.snapshots, reverse=True):
         snapshot = job.snapshots[id]
+        if job.has_given_up(id):
+            notes.append(f"{id} was given up by a rollback")
+            continue
         if id in pending.rejected:
             notes.append(f"{id} could not be loaded")
             continue
@@ -69,6 +75,27 @@ def choose(
         else:
             notes.append(f"{id}: {verdict.reason}")
     return _without_a_snapshot(job, pending, nodes, notes, partial)
+
+
+def _go_back(
+    job: Job, pending: PendingResume, nodes: Mapping[str, Node], wanted: SnapshotId
+) -> Start | Wait:
+    way_out = f"to take the newest instead: ckptd rollback {job.name} --clear"
+    if wanted in pending.rejected:
+        text = f"{wanted}, to which somebody wants to go back, could not be loaded; {way_out}"
+        return Wait(text, final=True)
+    reason = "no live node holds any of it"
+    snapshot = job.snapshots.get(wanted)
+    if snapshot is not None:
+        holdings = live_holdings(nodes, wanted)
+        verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
+        if verdict.restorable:
+            return Start(wanted, f"{wanted} was asked for with `ckptd rollback`")
+        reason = verdict.reason
+    return Wait(
+        f"{wanted}, to which somebody wants to go back, to be restorable again ({reason}); "
+        + way_out
+    )
 
 
 def _without_a_snapshot(

@@ -10,7 +10,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ckptd.coordinator import again, choice, recovery, spare
+from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
+from ckptd.coordinator.claim import Claim, Stop, judge
 from ckptd.coordinator.diagnosis.supervisor import (
     DiagnosisSettings,
     Life,
@@ -20,6 +21,7 @@ from ckptd.coordinator.diagnosis.supervisor import (
     Tell,
 )
 from ckptd.coordinator.pacer import Pacer
+from ckptd.coordinator.replication import Messages, Replication
 from ckptd.coordinator.state import (
     ENDED,
     Attachment,
@@ -33,19 +35,31 @@ from ckptd.coordinator.state import (
 from ckptd.erasure import ZfecCodec, form_groups, parity_of_group
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
-from ckptd.journal import Body, Incident, Journal, Restarts
-from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member, is_ancestor
+from ckptd.journal import Body, Entry, Journal, Restarts, Rollback
+from ckptd.manifest import (
+    Ancestor,
+    Extent,
+    GivenUp,
+    Group,
+    JobManifest,
+    JobRecord,
+    Member,
+    is_ancestor,
+)
+from ckptd.terms import Obeyed
 from ckptd.wire import (
     Activate,
     AgentMessage,
     AskResumeFor,
     Beat,
+    ClientOrder,
     Clock,
     Collected,
     Commit,
     CoordinatorMessage,
     Dismiss,
     Drop,
+    Entries,
     Forget,
     Grant,
     Hello,
@@ -54,6 +68,8 @@ from ckptd.wire import (
     LauncherWaiting,
     LifeResumed,
     Looked,
+    Outdated,
+    Present,
     Protect,
     RankLeft,
     RankReport,
@@ -61,6 +77,7 @@ from ckptd.wire import (
     Rebuild,
     RebuildFailed,
     Record,
+    RemoveJob,
     ResumeWaits,
     SegmentReady,
     Sketched,
@@ -90,12 +107,14 @@ class Settings:
     beat_s: float = 0.5
     """How often an agent says that it is alive, in seconds."""
     lease_s: float = 4.0
-    """A node that was silent for so long is lost, in seconds."""
+    """A node that was silent for so long is lost, in seconds. It is suspect within three beats."""
     rebuild_after_s: float = 30.0
     """Segments of a node that is lost for so long, in seconds, and whose place nobody takes, are
     rebuilt on others' spare memory; 0: never."""
     settle_s: float | None = None
     """How long after the start there may be nodes yet unheard, in seconds; None: the lease."""
+    job_quota_bytes: int | None = None
+    """Most memory of one job on each node, in bytes, unless it has a quota of its own."""
     diagnosis: DiagnosisSettings = field(default_factory=DiagnosisSettings)
     """Who is slow, who hangs, and what is done about it."""
 
@@ -111,9 +130,17 @@ class Send:
 class Coordinator:
     """Membership, groups, lives, tickets, commit and resume of one cluster."""
 
-    def __init__(self, settings: Settings, now: float) -> None:
+    def __init__(self, settings: Settings, now: float, claim: Claim | None = None) -> None:
         self.settings = settings
         self.started_at = now
+        self.claim = claim or Claim()
+        self.term = 0
+        """What every order carries; 0 until an agent has said which terms it knows of."""
+        self.ended = ""
+        """Why this coordinator gives no orders any more, if so."""
+        self.journal = Journal()
+        """What `say` has said, and what agents have kept of what earlier coordinators said."""
+        self._replication = Replication(self.journal, settings.lease_s)
         self.nodes: dict[str, Node] = {}
         self.jobs: dict[str, Job] = {}
         self.events: deque[Event] = deque(maxlen=2000)
@@ -124,16 +151,22 @@ class Coordinator:
         """Jobs that were forgotten, and their last life: a node that was away may still hold it."""
         self._peers: dict[bytes, str] = {}
         self._out: list[Send] = []
-        self._awake_at = now
-        self.journal = Journal()
+        self._process_began = self._awake_at = now
+        self._ticked_at = now
         self._diagnose_at = now
-        self.supervisors = Supervisors(settings.diagnosis, self._next_incident, self._restarts_of)
+        self.supervisors = Supervisors(
+            settings.diagnosis, lambda: self.journal.next_incident, self._restarts_of
+        )
 
     # The two entries.
 
     def handle(self, peer: bytes, message: AgentMessage, now: float) -> list[Send]:
         """Take in one message of an agent."""
         self._take_note_of_time(now)
+        if isinstance(message, Hello | Outdated):
+            self._heed(message.obeyed, now)
+        if self.ended:
+            return []
         if isinstance(message, Hello):
             self._hello(peer, message, now)
             return self._flush()
@@ -142,6 +175,10 @@ class Coordinator:
             self._out.append(Send(peer, WhoAreYou()))
             return self._flush()
         node = self.nodes[name]
+        if node.suspect:
+            node.suspect = False
+            text = f"{name} is heard again, after {now - node.last_seen:.1f} s"
+            self._event(now, "node_heard", "", text, node=name)
         node.last_seen = now
         if not node.live:
             # It was given up; its word on what it holds must be heard again.
@@ -149,6 +186,7 @@ class Coordinator:
             return self._flush()
         match message:
             case Beat():
+                node.rhythm.beat(now)
                 node.memory_used_bytes = message.memory_used_bytes
                 node.problems = message.problems
                 node.spare_bytes = message.spare_bytes
@@ -156,6 +194,13 @@ class Coordinator:
                 node.damaged_cells = message.damaged_cells
                 node.mended_cells = message.mended_cells
                 node.damaged_from = message.damaged_from
+                if now - node.told_at >= self.settings.lease_s / 2:
+                    node.told_at = now
+                    self._send(name, Present())
+            case Entries():
+                self._replicate(self._replication.answered(name, message.entries))
+                for job in list(self.jobs.values()):
+                    self._consider_resume(job, now)
             case Holds():
                 self._holds(name, message.holding, now)
                 self._look_again(message.holding.id.job, now)
@@ -198,10 +243,15 @@ class Coordinator:
     def tick(self, now: float) -> list[Send]:
         """Let time pass: leases run out, waiting resumes are looked at again."""
         self._take_note_of_time(now)
+        if self.ended:
+            return []
+        self._replicate(self._replication.tick(now))
         for name, node in self.nodes.items():
             if node.live and now - node.last_seen >= self.settings.lease_s:
                 self._node_lost(name, now)
+        self._suspect(now)
         for job in list(self.jobs.values()):
+            self._clear_rollback(job, now)
             self._miss_nodes(job, now)
             if now >= self._settled_at:
                 for snapshot in list(job.snapshots.values()):
@@ -210,6 +260,7 @@ class Coordinator:
                         self._give_up(job, snapshot, snapshot.unprotected, now)
             self._look_at_parity(job, now)
             self._rebuild_lost(job, now)
+            self._make_room(job, now)
             self._tell_life(job, now)
             self._consider_resume(job, now)
         self._diagnose(now)
@@ -217,7 +268,7 @@ class Coordinator:
 
     def next_deadline(self, now: float) -> float:
         """When `tick` must be called at the latest."""
-        deadlines = [n.last_seen + self.settings.lease_s for n in self.nodes.values() if n.live]
+        deadlines = [self._silence_ends_at(n) for n in self.nodes.values() if n.live]
         if any(job.pending for job in self.jobs.values()):
             deadlines.append(now + self.settings.beat_s)
         return min(deadlines, default=now + 1.0)
@@ -233,9 +284,42 @@ class Coordinator:
         self._forget(job, "removed by hand", now)
         return ""
 
+    def say(self, body: Body, now: float) -> Entry:
+        """Put something in the journal, and have all agents keep it."""
+        entry = self.journal.put(body)
+        if not self.ended:
+            self._replicate(self._replication.said([entry]))
+        return entry
+
+    def obey(self, order: ClientOrder, now: float) -> str:
+        """Do what somebody asks for; returns "" or the reason why not."""
+        if isinstance(order, RemoveJob):
+            return self.remove_job(order.job, now)
+        entry = orders.entry_for(order, self.nodes, self.jobs, self.journal)
+        if isinstance(entry, str):
+            return entry
+        self._note(entry, now)
+        for job in list(self.jobs.values()):
+            self._miss_nodes(job, now)
+            self._consider_resume(job, now)
+        return ""
+
     def take_actions(self) -> list[Send]:
-        """Actions of `remove_job`."""
+        """Actions of `remove_job`, `say` and `obey`."""
         return self._flush()
+
+    def rollback_of(self, job: Job) -> SnapshotId | None:
+        """The snapshot from which somebody wants the job to resume next."""
+        wanted = self.journal.rollback(job.name)
+        if wanted is None:
+            return None
+        done = any(id.life > wanted.after for id in job.snapshots)
+        return None if done or (job.resumed and job.life > wanted.after) else wanted.id
+
+    def quota_of(self, job: str) -> int | None:
+        """Most memory that the job may have on each node, in bytes."""
+        own = self.journal.quota(job)
+        return self.settings.job_quota_bytes if own is None else own
 
     def live_holdings(self, id: SnapshotId) -> dict[str, Holding]:
         """What live nodes hold of one snapshot."""
@@ -256,6 +340,32 @@ class Coordinator:
                     raise InternalError(f"{snapshot.id} is protected without a manifest")
                 if snapshot.id.life > job.life:
                     raise InternalError(f"{snapshot.id} is of a life that was not granted")
+
+    # The term.
+
+    def _heed(self, obeyed: Obeyed, now: float) -> None:
+        """Begin a higher term than an agent knows of, or end, if it obeys somebody else."""
+        up_s = now - self._process_began
+        verdict = judge(self.claim, self.term, obeyed, up_s, now >= self._settled_at)
+        if isinstance(verdict, Stop):
+            self.ended = verdict.reason
+            self._event(now, "superseded", "", verdict.reason)
+        elif verdict is not None:
+            self.term = verdict.term
+            again = self.journal.begin(self.term)
+            self._event(now, "term_begun", "", f"term {self.term} begins", term=self.term)
+            for name in self.nodes:
+                self._welcome(name)
+            self._replicate(self._replication.said(again) if again else [])
+
+    def _welcome(self, node: str) -> None:
+        pace = self.settings
+        address = self.claim.address
+        self._send(node, Welcome(pace.beat_s, pace.cell_bytes, address, pace.lease_s))
+
+    def _replicate(self, messages: Messages) -> None:
+        for node, message in messages:
+            self._send(node, message)
 
     # Membership.
 
@@ -293,12 +403,15 @@ class Coordinator:
             self._peers.pop(old.peer, None)
         # A restarted agent starts anew; the same one saying hello again goes on.
         fresh = old is None or old.hello.incarnation != hello.incarnation
-        node = Node(hello, peer, now, launchers=set(hello.launchers))
+        node = Node(hello, peer, now, told_at=now, launchers=set(hello.launchers))
+        if old is not None and not fresh:
+            node.rhythm = old.rhythm
         node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
         node.spare_bytes = hello.spare_bytes
         self.nodes[hello.node] = node
         self._peers[peer] = hello.node
-        self._send(hello.node, Welcome(self.settings.beat_s, self.settings.cell_bytes))
+        self._welcome(hello.node)
+        self._replicate(self._replication.hello(hello.node, hello.log, now))
         if fresh:
             self._event(now, "node_joined", "", f"{hello.node} joined", node=hello.node)
         for record in hello.records:
@@ -366,12 +479,30 @@ class Coordinator:
                 if whole and snapshot.id in held:
                     self._send(node, Commit(snapshot.id, ()))
 
+    def _suspect(self, now: float) -> None:
+        """Take note of who is silent for longer than usual."""
+        late_s, self._ticked_at = now - self._ticked_at, now
+        if late_s > 1.5 * self.settings.beat_s:
+            return  # this process was held up: what the nodes said meanwhile is still to be read
+        for name, node in self.nodes.items():
+            if node.live and not node.suspect and now >= self._silence_ends_at(node):
+                node.suspect = True
+                text = f"{name} is suspect: silent for {now - node.last_seen:.1f} s"
+                self._event(now, "node_suspect", "", text, node=name)
+
+    def _silence_ends_at(self, node: Node) -> float:
+        """When a live node that is still silent becomes suspect, or lost if it is suspect."""
+        beat_s, lease_s = self.settings.beat_s, self.settings.lease_s
+        bound_s = lease_s if node.suspect else node.rhythm.bound_s(beat_s, lease_s)
+        return node.last_seen + bound_s
+
     def _node_lost(self, name: str, now: float) -> None:
         node = self.nodes[name]
-        node.live = False
+        node.live = node.suspect = False
         silent_s = now - node.last_seen
         self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
         node.holdings, node.fetching, node.recoding = {}, (), ()
+        self._replicate(self._replication.lost(name, now))
         for job in self.jobs.values():
             job.changed = True
             self._forget_attachments(job, name)
@@ -389,6 +520,8 @@ class Coordinator:
                 lost = now >= self._settled_at
             else:  # one that came back with empty memory has lost its ranks, too
                 lost = not node.live or node.hello.memory_token != token
+                if self.journal.is_isolated(name) and name not in self._job_nodes(job):
+                    lost = True  # and one whose ranks have left may not have them again
             if lost:
                 job.vacancies.setdefault(name, "")
         self._fill_vacancies(job, now)
@@ -401,6 +534,8 @@ class Coordinator:
         """Whether a lost node has come back to its ranks; not as a spare, for any place."""
         node = self.nodes.get(name)
         if node is None or not node.live or job.name in node.launchers:
+            return False
+        if self.journal.is_isolated(name):
             return False
         token = job.record.nodes.get(name) if job.record is not None else None
         return node.hello.memory_token == token or name in self._job_nodes(job)
@@ -417,7 +552,8 @@ class Coordinator:
             if self._is_back(job, lost):
                 continue
             for name, node in sorted(self.nodes.items()):
-                if node.live and job.name in node.launchers:
+                leaves = self.journal.is_draining(name) or self.journal.is_isolated(name)
+                if node.live and not leaves and job.name in node.launchers:
                     node.launchers.discard(job.name)
                     job.vacancies[lost] = name
                     self._send(name, Activate(job.name))
@@ -448,6 +584,8 @@ class Coordinator:
             self._end_open(job, f"rank {state.rank} has a new layout", now)
         if new:
             job.pacer.every = max(1, state.every)
+            if state.round != job.round and len(job.left) == job.world_size:
+                job.left = set()  # it was stopped on purpose, and is now started again
         if job.round == state.round:
             idle = not state.free_slots and not state.step
             if state.life < job.life or (new and idle):
@@ -537,7 +675,7 @@ class Coordinator:
             return
         if message.life != job.life:
             return
-        job.resumed = True
+        job.resumed = job.changed = True
         job.pacer.start(message.step, now)
         self._event(
             now,
@@ -567,11 +705,7 @@ class Coordinator:
                 case Note():
                     self._event(now, action.kind, action.job, action.text, **action.fields)
                 case Remember():
-                    self._remember(action.body, now)
-
-    def _remember(self, body: Body, now: float) -> None:
-        """What must outlive this coordinator."""
-        self.journal.put(body)
+                    self.say(action.body, now)
 
     def _life(self, job: Job) -> Life:
         here = {rank: held for (r, rank), held in job.attachments.items() if r == job.round}
@@ -581,10 +715,6 @@ class Coordinator:
         trains = whole and not job.left and not job.finished
         step_s = job.pacer.step_s or 0.0
         return Life(job.name, job.life, dict(job.members), step, step_s, trains)
-
-    def _next_incident(self) -> int:
-        bodies = [entry.body for entry in self.journal.entries]
-        return 1 + max((body.number for body in bodies if isinstance(body, Incident)), default=0)
 
     def _restarts_of(self, job: str) -> Restarts | None:
         bodies = [entry.body for entry in self.journal.entries]
@@ -600,7 +730,9 @@ class Coordinator:
         ranks = []
         for rank in range(job.world_size):
             held = job.attachments.get((job.round, rank))
-            if held is None or held.state.life != job.life or not self.nodes[held.node].live:
+            if held is None or held.state.life != job.life:
+                return
+            if not self.nodes[held.node].live or self.nodes[held.node].suspect:
                 return
             ranks.append(held.state)
         self._drop_orphans(job, min(state.seen_step for state in ranks), now)
@@ -699,7 +831,8 @@ class Coordinator:
         holdings = self.live_holdings(snapshot.id)
         verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
         nodes = choice.members_of(snapshot.manifest)
-        better = self._better(job, snapshot)
+        wanted = snapshot.id == self.rollback_of(job)
+        better = None if wanted else self._better(job, snapshot)
         if better is not None:
             # Only a life that runs needs the slots for its next snapshots.
             if better > snapshot.id or (snapshot.id.life == job.life and self._runs(job)):
@@ -721,7 +854,8 @@ class Coordinator:
         margin = recovery.margin(snapshot.manifest, self.live_holdings(snapshot.id))
         for id in sorted(job.snapshots, reverse=True):
             other, holdings = job.snapshots[id], self.live_holdings(id)
-            if not (id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)):
+            comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
+            if not comparable or job.has_given_up(id):
                 continue
             its = recovery.margin(other.manifest, holdings)
             if its > margin:
@@ -880,10 +1014,11 @@ class Coordinator:
         if len(held) == snapshot.world_size:
             snapshot.no_room = ""
         for rank, node in list(snapshot.rebuilding.items()):
-            if rank in held:
+            done = node in held.get(rank, ())
+            if done:
                 text = f"rank {rank} of {snapshot.id} has been rebuilt on {node}"
                 self._event(now, "rebuilt", job.name, text, node=node, rank=rank)
-            if rank in held or not self.nodes[node].live:
+            if done or not self.nodes[node].live:
                 del snapshot.rebuilding[rank]
 
     def _rebuild_failed(self, node: str, message: RebuildFailed) -> None:
@@ -1025,6 +1160,37 @@ class Coordinator:
         held = recovery.rank_holders(holdings)
         for number in plan.groups:
             self._order_group(snapshot, edition, number, holdings, held)
+        self._bring_home(job, snapshot, plan.homeless, now)
+
+    def _bring_home(
+        self, job: Job, snapshot: Snapshot, homeless: Iterable[Member], now: float
+    ) -> None:
+        """Have the segments of a lost node copied to one that can take its place.
+
+        Ranks that were numbered anew have brought them to survivors. Not while ranks load: these
+        need the memory first.
+        """
+        manifest, holdings = snapshot.manifest, self.live_holdings(snapshot.id)
+        if manifest is None or job.pending is not None or (job.attachments and not job.resumed):
+            return
+        live = {name: node for name, node in self.nodes.items() if node.live}
+        rooms = {name: n.spare_bytes for name, n in live.items()}
+        cells = {name: node.hello.cells for name, node in live.items()}
+        for member in homeless:
+            if any(extent.rank in snapshot.rebuilding for extent in member.extents):
+                continue
+            heir = spare.outsider(manifest, holdings, member.extents, rooms, snapshot.unbuilt)
+            if heir is None:
+                continue
+            del rooms[heir]  # one place for each
+            source = recovery.source(manifest, holdings, cells)
+            for extent in member.extents:
+                if heir in source.ranks[extent.rank]:
+                    continue
+                snapshot.rebuilding[extent.rank] = heir
+                self._send(heir, Rebuild(snapshot.id, extent.rank, source))
+                text = f"rank {extent.rank} of {snapshot.id} is copied to {heir}, a new home"
+                self._event(now, "rebuild_ordered", job.name, text, node=heir, rank=extent.rank)
 
     def _protected_again(self, job: Job, snapshot: Snapshot, now: float) -> None:
         seconds = now - (snapshot.lost_at if snapshot.lost_at is not None else now)
@@ -1042,21 +1208,36 @@ class Coordinator:
             self._send(node, Commit(snapshot.id, ()))
 
     def _commit(self, job: Job, snapshot: Snapshot, now: float) -> None:
-        """Give permission to free what the snapshot replaces: its ancestors, and dead branches."""
+        """Give permission to free what the snapshot replaces: its ancestors, and dead branches.
+
+        Of its ancestors, as many protected ones stay as the job keeps. What a rollback gave up goes
+        once a life after it has a snapshot that is safe.
+        """
         manifest = snapshot.manifest
-        if manifest is None or any(
-            other.state is State.PROTECTED and other.id > snapshot.id
+        if manifest is None or job.has_given_up(snapshot.id):
+            return
+        if any(
+            other.state is State.PROTECTED
+            and other.id > snapshot.id
+            and not job.has_given_up(other.id)
             for other in job.snapshots.values()
         ):
             return
         retire = []
+        kept = keeping.kept(job, snapshot, self.rollback_of(job), self.nodes)
+        safe = keeping.is_safe(snapshot, self.nodes)
         for other in list(job.snapshots.values()):
+            if other.id in kept:
+                continue
             if is_ancestor(other.id, snapshot.id, manifest.ancestors):
                 retire.append(other.id)
                 if other.state in (State.TICKETED, State.CAPTURING):
                     self._end(job, other, State.DROPPED, f"{snapshot.id} is newer", now)
                 else:
                     self._end(job, other, State.RETIRED, "", now, tell=False)
+            elif other.id.life < snapshot.id.life and safe and job.has_given_up(other.id):
+                retire.append(other.id)
+                self._end(job, other, State.RETIRED, "given up by a rollback", now, tell=False)
             elif other.id.life < snapshot.id.life:
                 verdict = recovery.judge(
                     other.manifest, other.world_size, self.live_holdings(other.id)
@@ -1068,6 +1249,51 @@ class Coordinator:
                     self._end(job, other, State.LOST, reason, now)
         for node in self.nodes:
             self._send(node, Commit(snapshot.id, tuple(retire)))
+
+    def _make_room(self, job: Job, now: float) -> None:
+        """Retire the oldest snapshot that is kept if there is no memory for new ones.
+
+        New ones are worth more. A node may have less room than it had: it holds segments of ranks
+        that have moved, for one.
+        """
+        if job.keep < 2:
+            return
+        states = [
+            held.state for (round_, _), held in job.attachments.items() if round_ == job.round
+        ]
+        busy = any(
+            snapshot.id.life == job.life and not keeping.is_safe(snapshot, self.nodes)
+            for snapshot in job.snapshots.values()
+        )
+        if busy or not self._runs(job) or all(s.free_slots for s in states):
+            job.full_since = None
+            return
+        step = min(state.step for state in states)
+        since, at_step = job.full_since = job.full_since or (now, step)
+        if now - since < self.settings.lease_s or step <= at_step:
+            return  # it may still be laying out its memory
+        wanted = self.rollback_of(job)
+        safe = [s for _, s in sorted(job.snapshots.items()) if keeping.is_safe(s, self.nodes)]
+        oldest = next((snapshot for snapshot in safe[:-1] if snapshot.id != wanted), None)
+        if oldest is None:
+            return
+        job.full_since = None
+        reason = "retired early: there was no free slot for a new snapshot"
+        self._event(now, "kept_fewer", job.name, f"{oldest.id} {reason}", step=oldest.id.step)
+        self._end(job, oldest, State.RETIRED, reason, now, tell=False)
+        for node in self.nodes:
+            self._send(node, Commit(safe[-1].id, (oldest.id,)))
+
+    def _clear_rollback(self, job: Job, now: float) -> None:
+        """Once a life trains from where somebody wanted to go back to, the wish is fulfilled."""
+        if self.journal.rollback(job.name) is not None and self.rollback_of(job) is None:
+            self._note(Rollback(job.name, None), now)
+
+    def _note(self, body: Body, now: float) -> None:
+        """Put what shall outlive this coordinator into the journal."""
+        self.say(body, now)
+        kind, text = orders.describe(body)
+        self._event(now, kind, getattr(body, "job", ""), text)
 
     def _end(
         self, job: Job, snapshot: Snapshot, state: State, reason: str, now: float, tell: bool = True
@@ -1107,8 +1333,19 @@ class Coordinator:
         if pending is None:
             return
         self._look_at_parity(job, now)  # a node that is back may have its place again
-        verdict = self._missing_ranks(job, pending) or choice.choose(
-            job, pending, self.nodes, self._settled_at, 3 * self.settings.beat_s, now
+        verdict = (
+            self._unfit_ranks(job, pending)
+            or self._missing_ranks(job, pending)
+            or self._missing_entries()
+            or choice.choose(
+                job,
+                pending,
+                self.nodes,
+                self._settled_at,
+                3 * self.settings.beat_s,
+                now,
+                self.rollback_of(job),
+            )
         )
         if isinstance(verdict, choice.Start):
             self._grant(job, pending, verdict.id, verdict.reason, now)
@@ -1119,6 +1356,31 @@ class Coordinator:
             self._send(pending.node, waits)
         if verdict.final:
             job.pending = None
+
+    def _unfit_ranks(self, job: Job, pending: PendingResume) -> choice.Wait | None:
+        """Ranks where none may be, or that do not fit to each other."""
+        here = {
+            rank: held
+            for (round_, rank), held in sorted(job.attachments.items())
+            if round_ == pending.round
+        }
+        for name in sorted({held.node for held in here.values()}):
+            isolated = self.journal.is_isolated(name)
+            if isolated is not None:
+                ranks = recovery.name_ranks([r for r, held in here.items() if held.node == name])
+                return choice.Wait(
+                    f"{ranks} on {name}, which is isolated ({isolated.reason}), to be started on "
+                    f"another node; or, to let it take part again: ckptd readmit {name}"
+                )
+        keeps = {held.state.keep: rank for rank, held in reversed(here.items())}
+        if len(keeps) > 1:
+            found = ", ".join(f"rank {rank} says {keep}" for keep, rank in sorted(keeps.items()))
+            return choice.Wait(
+                f"all ranks to keep as many snapshots ({found}): give each the same "
+                "Checkpointer(keep=...), or CKPTD_KEEP",
+                final=True,
+            )
+        return None
 
     def _missing_ranks(self, job: Job, pending: PendingResume) -> choice.Wait | None:
         here = {
@@ -1134,6 +1396,10 @@ class Coordinator:
             return None
         ranks = recovery.name_ranks(missing)
         return choice.Wait(f"{ranks} of {world_size} to attach to their agents")
+
+    def _missing_entries(self) -> choice.Wait | None:
+        awaited = self._replication.awaited
+        return choice.Wait(f"the log that {', '.join(awaited)} kept") if awaited else None
 
     def _grant(
         self,
@@ -1167,7 +1433,16 @@ class Coordinator:
         nodes = {
             name: self.nodes[name].hello.memory_token for name in sorted(set(members.values()))
         }
-        job.record = JobRecord(job.name, life, nodes, chain)
+        keep = max(
+            held.state.keep
+            for (round_, _), held in job.attachments.items()
+            if round_ == pending.round
+        )
+        given_up = job.record.given_up if job.record is not None else ()
+        if start is not None and start == self.rollback_of(job):
+            older = (each for each in given_up if (each.life, each.step) < (start.life, start.step))
+            given_up = (*older, GivenUp(start.life, start.step, life))
+        job.record = JobRecord(job.name, life, nodes, chain, keep, given_up)
         job.life, job.round, job.members = life, pending.round, members
         job.world_size = len(members)
         job.resumed, job.resumed_from, job.pending = False, start, None
@@ -1212,7 +1487,15 @@ class Coordinator:
             for names, parity_shards in self._form_groups(record.nodes)
         )
         return Grant(
-            job.name, job.round, job.life, id, job.granted_because, record, source, fraction
+            job.name,
+            job.round,
+            job.life,
+            id,
+            job.granted_because,
+            record,
+            source,
+            fraction,
+            self.quota_of(job.name),
         )
 
     def _chain(self, job: Job, id: SnapshotId) -> tuple[Ancestor, ...]:
@@ -1230,6 +1513,8 @@ class Coordinator:
             for id in [id for id in self.nodes[node].holdings if id.job == job.name]:
                 del self.nodes[node].holdings[id]
         del self.jobs[job.name]
+        if self.journal.rollback(job.name) is not None:
+            self._note(Rollback(job.name, None), now)
         if job.life:
             self._forgotten[job.name] = job.life
         self._event(now, "job_forgotten", job.name, f"{job.name}: {why}; its memory is given back")

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
+import socket as sockets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +19,11 @@ import zmq
 import zmq.asyncio
 
 from ckptd.control import server_socket, start_authenticator
+from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send, Settings
+from ckptd.coordinator.lease import FileLease, Lease, NoLease
 from ckptd.coordinator.view import status
-from ckptd.errors import ConfigError, ProtocolError
+from ckptd.errors import ConfigError, ProtocolError, Superseded
 from ckptd.keys import ClusterKey, check_bind
 from ckptd.wire import (
     AgentMessage,
@@ -27,7 +31,7 @@ from ckptd.wire import (
     AskStatus,
     ClientMessage,
     Decoder,
-    RemoveJob,
+    Order,
     encode,
 )
 
@@ -47,6 +51,10 @@ class CoordinatorConfig:
     """Cluster key; needed as soon as anything leaves loopback."""
     announce: Path | None = None
     """File that gets the bound address, once it is bound."""
+    take_over: bool = False
+    """Begin a new term although another coordinator may be alive."""
+    lease_file: Path | None = None
+    """File whose lock makes its holder the only coordinator."""
 
 
 class CoordinatorProcess:
@@ -65,6 +73,9 @@ class CoordinatorProcess:
         self._messages: Decoder[AgentMessage | ClientMessage] = Decoder(
             AgentMessage | ClientMessage
         )
+        self._lease: Lease = NoLease()
+        if config.lease_file is not None:
+            self._lease = FileLease(config.lease_file)
         self._bad: set[str] = set()
         self._stopping = asyncio.Event()
 
@@ -73,7 +84,11 @@ class CoordinatorProcess:
         self._stopping.set()
 
     async def run(self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT)) -> None:
-        """Serve until told to stop, also by one of the signals."""
+        """Serve until told to stop, also by one of the signals.
+
+        Raises Superseded when another coordinator is the cluster's.
+        """
+        seen_term = self._lease.acquire()
         context = zmq.asyncio.Context()
         authenticator = start_authenticator(context, self._key)
         self._socket = server_socket(context, self._key)
@@ -84,12 +99,23 @@ class CoordinatorProcess:
                 f"cannot listen on {self._config.listen}: {error}; is another coordinator "
                 "running? Stop it, or choose another --listen"
             ) from error
-        self._decider = Coordinator(self._config.settings, monotonic())
-        self._decider.supervisors.wall_s = time() - monotonic()
         endpoint = self._socket.last_endpoint.decode().rstrip("\0")
+        claim = Claim(
+            secrets.token_hex(8),
+            _reachable(endpoint),
+            self._config.take_over or self._lease.exclusive,
+            seen_term,
+        )
+        self._decider = Coordinator(self._config.settings, monotonic(), claim)
+        self._decider.supervisors.wall_s = time() - monotonic()
         if self._config.announce is not None:
             _announce(self._config.announce, endpoint)
-        log.info("coordinator ready", listen=endpoint, encrypted=bool(self._key.secret))
+        log.info(
+            "coordinator ready",
+            listen=endpoint,
+            encrypted=bool(self._key.secret),
+            coordinator=claim.coordinator,
+        )
         loop = asyncio.get_running_loop()
         for number in signals:
             loop.add_signal_handler(number, self._stopping.set)
@@ -103,8 +129,11 @@ class CoordinatorProcess:
             authenticator.stop()
         self._socket.close()
         context.destroy(linger=0)
+        self._lease.release()
         for task in done - {stopped}:
             task.result()
+        if self._decider.ended:
+            raise Superseded(self._decider.ended)
 
     async def _receive(self) -> None:
         while True:
@@ -120,11 +149,15 @@ class CoordinatorProcess:
                 # An agent of another version cannot read our orders, but a CLI gets its answer.
                 await self._reply(peer, encode(Answer(b"", text)))
                 continue
-            if isinstance(message, AskStatus | RemoveJob):
+            if isinstance(message, ClientMessage):
                 await self._answer(peer, message)
             else:
-                await self._send(self._decider.handle(peer, message, monotonic()))
+                actions = self._decider.handle(peer, message, monotonic())
+                self._lease.record(self._decider.term)
+                await self._send(actions)
             self._log_events()
+            if self._decider.ended:
+                return
 
     async def _keep_time(self) -> None:
         while True:
@@ -137,15 +170,17 @@ class CoordinatorProcess:
     async def _answer(self, peer: bytes, message: ClientMessage) -> None:
         now = monotonic()
         error = ""
-        if isinstance(message, RemoveJob):
-            error = self._decider.remove_job(message.job, now)
+        if not isinstance(message, AskStatus):
+            error = self._decider.obey(message, now)
             await self._send(self._decider.take_actions())
         document = status(self._decider, now, time() - now)
         await self._reply(peer, encode(Answer(json.dumps(document).encode(), error)))
 
     async def _send(self, actions: list[Send]) -> None:
         for action in actions:
-            await self._reply(action.peer, encode(action.message))
+            decider = self._decider
+            order = Order(decider.term, decider.claim.coordinator, action.message)
+            await self._reply(action.peer, encode(order))
 
     async def _reply(self, peer: bytes, frame: bytes) -> None:
         with contextlib.suppress(zmq.Again, zmq.ZMQError):
@@ -158,6 +193,13 @@ class CoordinatorProcess:
             log.info(event.kind, text=event.text, **({"job": event.job} if event.job else {}))
 
 
+def _reachable(endpoint: str) -> str:
+    """The address as others know it: one that is bound on all interfaces names no host."""
+    for anywhere in ("//0.0.0.0:", "//[::]:"):
+        endpoint = endpoint.replace(anywhere, f"//{sockets.gethostname()}:")
+    return endpoint
+
+
 def _announce(path: Path, endpoint: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(endpoint + "\n")
@@ -165,5 +207,8 @@ def _announce(path: Path, endpoint: str) -> None:
 
 
 def run_coordinator(config: CoordinatorConfig) -> None:
-    """Run the coordinator until it is stopped. Raises ConfigError if it cannot start."""
+    """Run the coordinator until it is stopped.
+
+    Raises ConfigError if it cannot start, and Superseded if another one is the cluster's.
+    """
     asyncio.run(CoordinatorProcess(config).run())

@@ -42,7 +42,7 @@ def place(
             )
             if not extents:
                 continue
-            whole = _outsider(manifest, holdings, extents, rooms, failed)
+            whole = outsider(manifest, holdings, extents, rooms, failed)
             for extent in extents:
                 able = [
                     node
@@ -61,21 +61,27 @@ def place(
     return Placement(found, tuple(left))
 
 
-def _outsider(
+def outsider(
     manifest: JobManifest,
     holdings: Holdings,
     extents: Iterable[Extent],
     rooms: Mapping[str, int],
-    failed: Collection[tuple[int, str]],
+    failed: Collection[tuple[int, str]] = (),
 ) -> str | None:
-    """The node without a place that has the most room, if it has enough for all of these."""
-    needed = sum(extent.size_bytes for extent in extents)
-    free = [
-        node
-        for node, room in rooms.items()
-        if node not in manifest.nodes
-        and node not in holdings
-        and room >= needed
-        and all((extent.rank, node) not in failed for extent in extents)
-    ]
-    return min(free, key=lambda name: (-rooms[name], name), default=None)
+    """A node that could take the place of the one that has lost these: none has a better claim.
+
+    It has no place yet, no parity of one, and room for what it lacks: the node with the most.
+    """
+    wanted = set(extents)
+    found: list[tuple[int, str]] = []
+    for node, room in rooms.items():
+        holding = holdings.get(node)
+        lacking = wanted - set(holding.extents if holding is not None else ())
+        if (
+            node not in manifest.nodes
+            and not (holding is not None and holding.parity)
+            and room >= sum(extent.size_bytes for extent in lacking)
+            and all((extent.rank, node) not in failed for extent in lacking)
+        ):
+            found.append((-room, node))
+    return min(found)[1] if found else None

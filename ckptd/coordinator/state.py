@@ -5,6 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ckptd.coordinator.pacer import Pacer
+from ckptd.coordinator.rhythm import Rhythm
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest, JobRecord
@@ -50,7 +51,12 @@ class Node:
     peer: bytes
     """ZeroMQ identity of its connection."""
     last_seen: float
+    told_at: float = float("-inf")
+    """When it was last told that the coordinator is there."""
     live: bool = True
+    suspect: bool = False
+    """It has been silent for longer than it ever is; not for so long that it is lost."""
+    rhythm: Rhythm = field(default_factory=Rhythm)
     rival_since: float | None = None
     """When another agent first said Hello under this node's id, with another memory."""
     holdings: dict[SnapshotId, Holding] = field(default_factory=dict)
@@ -147,6 +153,7 @@ class Job:
     resumed_from: SnapshotId | None = None
     """What `life` was granted to begin from."""
     granted_because: str = ""
+
     attachments: dict[tuple[str, int], Attachment] = field(default_factory=dict)
     """By (round, rank)."""
     pending: PendingResume | None = None
@@ -167,8 +174,19 @@ class Job:
     """What nodes hold of it has changed since that was last looked at as a whole."""
     tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))
     """The newest tickets and when they were issued, those that were dropped since included."""
+    full_since: tuple[float, int] | None = None
+    """Since when, and which step, some rank has no free slot although nothing is under way."""
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
+
+    @property
+    def keep(self) -> int:
+        """How many protected snapshots are kept."""
+        return self.record.keep if self.record is not None else 1
+
+    def has_given_up(self, id: SnapshotId) -> bool:
+        """Whether a rollback went back past `id`."""
+        return self.record is not None and self.record.has_given_up(id)
 
 
 @dataclass(frozen=True, slots=True)

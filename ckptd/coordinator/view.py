@@ -6,6 +6,7 @@ from ckptd.coordinator import recovery
 from ckptd.coordinator.again import has_parity, is_at_home
 from ckptd.coordinator.decider import Coordinator
 from ckptd.coordinator.diagnosis.incidents import from_journal
+from ckptd.coordinator.leaving import waits_before_leaving
 from ckptd.coordinator.state import Job, Node, Snapshot, State
 from ckptd.erasure import default_parity, exposures
 from ckptd.journal import Incident
@@ -15,6 +16,10 @@ def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[s
     """Everything, JSON-ready. Ages in seconds, times in Unix seconds, sizes in bytes."""
     return {
         "coordinator": {
+            "id": coordinator.claim.coordinator,
+            "address": coordinator.claim.address,
+            "term": coordinator.term,
+            "log_entries": coordinator.journal.summary.entries,
             "up_s": now - coordinator.started_at,
             "cell_bytes": coordinator.settings.cell_bytes,
             "beat_s": coordinator.settings.beat_s,
@@ -65,8 +70,17 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
         )
     if not node.live:
         reasons.insert(0, f"lost: silent for {silent_s:.0f} s")
-    elif silent_s > 3 * coordinator.settings.beat_s:
-        reasons.insert(0, f"silent for {silent_s:.1f} s")
+    elif node.suspect:
+        reasons.insert(0, f"silent for {silent_s:.1f} s, longer than usual")
+    isolated = coordinator.journal.is_isolated(name)
+    if isolated is not None:
+        reasons.append(f"isolated: {isolated.reason}; `ckptd readmit {name}` ends that")
+    draining = None
+    if coordinator.journal.is_draining(name):
+        waits_for = waits_before_leaving(name, coordinator.nodes, coordinator.jobs)
+        draining = {"may_go": not waits_for, "waits_for": list(waits_for)}
+        reasons += [f"is to leave, and waits for {what}" for what in waits_for]
+        reasons += [] if waits_for else ["drained: may go"]
     ranks = sorted(
         (job.name, held.state.rank)
         for job in coordinator.jobs.values()
@@ -76,7 +90,9 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
     hello = node.hello
     return {
         "node": name,
-        "state": "live" if node.live else "lost",
+        "state": "suspect" if node.suspect else "live" if node.live else "lost",
+        "isolated": isolated.reason if isolated is not None else None,
+        "draining": draining,
         "spare": hello.spare and not ranks,
         "address": hello.address,
         "cells": hello.cells,
@@ -104,7 +120,9 @@ def _job(coordinator: Coordinator, job: Job, now: float) -> dict[str, Any]:
         _snapshot(coordinator, snapshot, now)
         for snapshot in sorted(job.snapshots.values(), key=lambda s: s.id, reverse=True)
     ]
-    restorable = [s for s in snapshots if s["restorable"]]
+    restorable = [s for s in snapshots if s["restorable"] and not s["given_up"]]
+    rollback = coordinator.rollback_of(job)
+    nodes = {held.node for held in job.attachments.values()}
     protected = [s for s in restorable if s["may_lose"] > 0]
     pending = job.pending
     return {
@@ -117,6 +135,10 @@ def _job(coordinator: Coordinator, job: Job, now: float) -> dict[str, Any]:
         "step_s": job.pacer.step_s,
         "resumed_from": str(job.resumed_from) if job.resumed_from else None,
         "waiting_for": pending.said if pending else "",
+        "keep": job.keep,
+        "rollback": str(rollback) if rollback is not None else None,
+        "quota_bytes": coordinator.quota_of(job.name),
+        "suspect_nodes": sorted(n for n in nodes if coordinator.nodes[n].suspect),
         "at_risk": {
             "process_steps": step - restorable[0]["step"] if restorable and steps else None,
             "process_s": restorable[0]["age_s"] if restorable else None,
@@ -169,6 +191,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
     sizes = recovery.source(snapshot.manifest, holdings, {}).sizes
     partial = snapshot.state in (State.TICKETED, State.CAPTURING)
     again = _again(coordinator, snapshot)
+    given_up = coordinator.jobs[snapshot.id.job].has_given_up(snapshot.id)
     return {
         "id": str(snapshot.id),
         "life": snapshot.id.life,
@@ -178,6 +201,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
         "size_bytes": sum(sizes.values()),
         "ranks": snapshot.world_size,
         "restorable": verdict.restorable and not partial,
+        "given_up": given_up,
         "tiers": [] if partial else list(verdict.tiers),
         "may_lose": 0 if partial else _may_lose(coordinator, snapshot),
         "ranks_on": {
@@ -192,6 +216,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
                 "" if partial else verdict.reason,
                 f"the parity of {', '.join(again['without'])} is gone" if again else "",
                 *(again["hindrances"] if again else ()),
+                "given up by a rollback" if given_up else "",
             )
             if x
         ),

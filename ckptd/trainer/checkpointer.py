@@ -69,7 +69,8 @@ class Checkpointer:
         every: int = 1,
         job: str | None = None,
         agent: str | None = None,
-        slots: int = 2,
+        keep: int | None = None,
+        slots: int | None = None,
         replicas: Literal["once", "all"] = "once",
         replicated_over: "Sequence[int] | dist.ProcessGroup | None" = None,
         audit_every: int = 100,
@@ -83,9 +84,12 @@ class Checkpointer:
         `load_state_dict()`, such as schedulers and data loaders. `every`: at least so many steps
         between snapshots. `job`: the job's id, the same after every restart (or `CKPTD_JOB`).
         `agent`: the Unix socket of this node's agent (or `CKPTD_AGENT`); without one, an agent
-        for this machine is started, or found again, by `resume()`. `slots`: places for
-        segments; a third one lets capture and protection overlap, for one more copy of the state
-        in memory.
+        for this machine is started, or found again, by `resume()`. `keep`: so many
+        protected snapshots are kept (or `CKPTD_KEEP`; 1 by default), so that `ckptd rollback` can
+        go back to an older one, past a loss spike, say; each costs one more copy of the state and
+        of its parity in memory, and all ranks must say the same. `slots`: places for segments, at
+        least and by default `keep + 1`; one more lets capture and protection overlap, for one more
+        copy of the state in memory.
 
         `replicas`: with "once", what several ranks hold alike (under DDP, or with a Replicate
         dimension of a DTensor) is divided among them: each copies and keeps its part only, and
@@ -111,17 +115,20 @@ class Checkpointer:
         """
         if every < 1:
             raise ConfigError(f"every={every}: snapshots at least 1 step apart")
-        if slots < 2:
-            raise ConfigError(
-                f"slots={slots}: one holds the snapshot, one takes the next: 2 or more"
-            )
         if replicas not in ("once", "all"):
             raise ConfigError(f'replicas={replicas!r}: "once" or "all"')
         if audit_every < 0:
             raise ConfigError(f"audit_every={audit_every}: captures, or 0 for never")
         if rate_bytes_per_s is not None and not rate_bytes_per_s > 0:
             raise ConfigError(f"rate_bytes_per_s={rate_bytes_per_s}: more than 0, or None")
-        self._config = trainer_config(job, agent)
+        self._config = trainer_config(job, agent, keep=keep)
+        least = self._config.keep + 1
+        self._slots = least if slots is None else slots
+        if self._slots < least:
+            raise ConfigError(
+                f"slots={slots}: keep={least - 1} hold a snapshot each, and one takes the next: "
+                f"{least} or more"
+            )
         self._optimizers = (
             dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
         )
@@ -131,7 +138,7 @@ class Checkpointer:
         self._rate_bytes_per_s, self._strict = rate_bytes_per_s, strict
         self._failure = self._last_reason = ""
         """Why a capture failed, to be raised in the next step()."""
-        self._every, self._slots, self._resume_timeout_s = every, slots, resume_timeout_s
+        self._every, self._resume_timeout_s = every, resume_timeout_s
         self._client = AgentClient(self._config.agent or str(embedded.places().socket))
         self._agreement: Agreement | None = None
         self._capture: Capture | None = None
@@ -273,7 +280,15 @@ class Checkpointer:
 
     def _attach(self, agree: Agreement, deadline: float) -> None:
         round_ = agree.broadcast(secrets.token_hex(8).encode()).decode()
-        request = Attach(self.job, round_, agree.rank, agree.world_size, self._every, self._slots)
+        request = Attach(
+            self.job,
+            round_,
+            agree.rank,
+            agree.world_size,
+            self._every,
+            self._slots,
+            keep=self._config.keep,
+        )
         failure: CkptdError | None = None
         try:
             if not self._config.agent:

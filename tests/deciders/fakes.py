@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ckptd.coordinator.decider import Coordinator, Send, Settings
+from ckptd.coordinator.state import State
 from ckptd.ids import SnapshotId
 from ckptd.manifest import Extent, JobManifest, JobRecord
 from ckptd.wire import (
     AgentMessage,
     AskResumeFor,
     Beat,
+    ClientOrder,
+    Commit,
     CoordinatorMessage,
     Grant,
     Hello,
@@ -152,9 +155,17 @@ class Cluster:
         if wait:
             self.pass_time(self.settings.lease_s + self.settings.beat_s)
 
+    def obey(self, order: ClientOrder) -> str:
+        """Somebody asks for something; returns the reason why not."""
+        refusal = self.coordinator.obey(order, self.now)
+        self.deliver(self.coordinator.take_actions())
+        return refusal
+
     def restart_coordinator(self, *speaking: str) -> None:
-        """A new one, which knows nothing, and the nodes that say Hello to it, in that order."""
+        """A new one, which knows only the journal, and the nodes that say Hello, in that order."""
+        entries = self.coordinator.journal.entries
         self.coordinator = Coordinator(self.settings, self.now)
+        self.coordinator.journal.merge(entries)
         for name in speaking or [n for n, node in self.nodes.items() if node.up]:
             self.hello(name)
 
@@ -168,11 +179,11 @@ class Cluster:
 
     # The job.
 
-    def attach(self, round_: str, *where: str) -> None:
-        """A launcher starts rank r on the r-th node, and rank 0 asks to resume."""
+    def attach(self, round_: str, *where: str, keep: int = 1) -> None:
+        """A launcher starts rank r on the r-th node; `keep` protected snapshots shall be kept."""
         self.round, self.world_size = round_, len(where)
         for rank, name in enumerate(where):
-            state = RankState(JOB, round_, 0, rank, len(where), 1, 0, 0, 0)
+            state = RankState(JOB, round_, 0, rank, len(where), 1, 0, 0, 0, keep=keep)
             self.report(name, state)
 
     def ask(self, *rejected: SnapshotId) -> Grant | None:
@@ -189,9 +200,9 @@ class Cluster:
         for rank in range(self.world_size):
             self.update(rank, life=grant.life, free_slots=free_slots, step=step, seen_step=0)
 
-    def start(self, *where: str, round_: str = "r1") -> Grant:
+    def start(self, *where: str, round_: str = "r1", keep: int = 1) -> Grant:
         """A job begins, or goes on, with rank r on the r-th node."""
-        self.attach(round_, *where)
+        self.attach(round_, *where, keep=keep)
         grant = self.ask()
         assert grant is not None, self.inbox(where[0])[-1]
         self.begin(grant)
@@ -275,6 +286,17 @@ class Cluster:
                     self.say(name, Holds(Holding(id, 0)))
         for rank in range(self.world_size):
             self.update(rank, free_slots=slots)
+
+    def make_protected(self) -> SnapshotId:
+        """The oldest open ticket is honoured, and protected; agents free what they may."""
+        known = self.coordinator.jobs[JOB].snapshots
+        id = min(id for id in known if known[id].state is State.TICKETED)
+        for rank in range(self.world_size):
+            self.update(rank, step=id.step)
+        self.protect(id)
+        commits = [m for m in self.told(self.where(0), Commit) if isinstance(m, Commit)]
+        self.free([gone for commit in commits for gone in commit.retire], slots=1)
+        return id
 
     # What was said.
 

@@ -18,6 +18,7 @@ from ckptd.wire import (
     Holding,
     Holds,
     Protect,
+    Rebuild,
     Recoding,
     SnapshotFailed,
 )
@@ -72,6 +73,7 @@ class TestThePlan:
     def test_data_that_is_on_no_one_newcomer_is_said_to_be_so(self, there: Any) -> None:
         (why,) = again.plan(THREE, there).hindrances
         assert "ranks 2, 3 of c, which is lost, are now on" in why
+        assert again.plan(THREE, there).homeless == (member("c", 2, 3),)
         assert again.plan(THREE, there).groups == ()
 
     def test_two_lost_two_newcomers_each_with_one_s_data(self) -> None:
@@ -170,6 +172,37 @@ class TestTheCoordinator:
         (event,) = happened(cluster, "protected_again")
         assert event["seconds"] == pytest.approx(3.5 + 0.5, abs=0.6)
         assert [e["lost"] for e in happened(cluster, "place_taken")] == ["c"]
+
+    @pytest.mark.parametrize("room", [SIZE_BYTES, SIZE_BYTES - 1])
+    def test_what_renumbered_ranks_have_brought_to_survivors_is_copied_to_the_newcomer(
+        self, room: int
+    ) -> None:
+        cluster, id = protected("g")
+        cluster.nodes["g"].spare_bytes = room
+        cluster.destroy("c")
+        cluster.attach("r2", "g", "a", "b", "d")
+        grant = cluster.ask()
+        assert grant is not None
+        for name, rank in (("g", 0), ("a", 1), ("b", 2)):
+            cluster.bring(name, id, rank)
+        cluster.pass_time(1.0)
+        assert not cluster.told("g", Rebuild), "ranks that load need the memory first"
+        cluster.begin(grant, free_slots=0)
+        cluster.pass_time(1.0)
+        if room < SIZE_BYTES:
+            assert not cluster.told("g", Rebuild)
+            assert "on no one node" in shown(cluster)["reason"]
+            return
+        (order,) = cluster.told("g", Rebuild)
+        assert isinstance(order, Rebuild)
+        assert (order.id, order.rank, order.source.ranks[2]) == (id, 2, ("b",))
+        cluster.bring("g", id, 2)
+        cluster.pass_time(0.5)
+        assert [m.node for m in manifest_now(cluster, id).groups[0].members] == [*"abgd"]
+        cluster.encode("g", id)
+        cluster.pass_time(0.5)
+        assert shown(cluster)["may_lose"] == 2
+        assert len(happened(cluster, "protected_again")) == 1
 
     def test_status_says_how_far_it_is(self) -> None:
         cluster, id = protected("g")

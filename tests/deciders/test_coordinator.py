@@ -63,7 +63,8 @@ def states(cluster: Cluster) -> dict[tuple[int, int], State]:
 class TestMembership:
     def test_an_agent_is_welcomed_and_told_the_pace(self) -> None:
         cluster = Cluster("a")
-        assert cluster.inbox("a") == [Welcome(cluster.settings.beat_s, cluster.settings.cell_bytes)]
+        pace = cluster.settings
+        assert cluster.inbox("a") == [Welcome(pace.beat_s, pace.cell_bytes, lease_s=pace.lease_s)]
 
     def test_a_stranger_is_asked_who_it_is(self) -> None:
         cluster = Cluster("a")
@@ -955,6 +956,16 @@ class TestEnd:
 
 
 class TestVacancies:
+    def test_a_job_that_was_stopped_and_is_started_again_gets_spares(self) -> None:
+        """A node is lost after its ranks have come, and before they were granted a life."""
+        cluster = trained("a", "b", spares=("s",))
+        cluster.wait_for_launcher("s")
+        for rank in (0, 1):
+            cluster.leave(rank, reason="detached")
+        cluster.attach("r2", "a", "b")
+        cluster.destroy("b")
+        assert cluster.told("s", Activate)
+
     def test_each_lost_node_calls_one_spare(self) -> None:
         cluster = trained(*"abcd", spares=("s", "t", "u"))
         for name in "stu":

@@ -162,15 +162,23 @@ class Node:
 
     # A job's way.
 
-    def attach(self, conn: int, rank: int = 0, life: int = 0, round_: str = "r1") -> None:
-        self.say(conn, Attach(JOB, round_, rank, WORLD, 1, 2, life))
+    def attach(
+        self, conn: int, rank: int = 0, life: int = 0, round_: str = "r1", keep: int = 1
+    ) -> None:
+        self.say(conn, Attach(JOB, round_, rank, WORLD, 1, keep + 1, life, keep))
 
     def grant(
-        self, life: int = 1, id: SnapshotId | None = None, round_: str = "r1", b_has: bool = True
+        self,
+        life: int = 1,
+        id: SnapshotId | None = None,
+        round_: str = "r1",
+        b_has: bool = True,
+        quota_bytes: int | None = None,
     ) -> list[ev.Action]:
         ranks = {0: ("a",), 1: ("b",)} if b_has else {0: ("a",)}
         source = source_of(id, ranks) if id else None
-        return self.order(Grant(JOB, round_, life, id, "why", record_of(life), source, 1.0))
+        record = record_of(life)
+        return self.order(Grant(JOB, round_, life, id, "why", record, source, 1.0, quota_bytes))
 
     def train(
         self, conn: int = 1, rank: int = 0, life: int = 1, round_: str = "r1"
@@ -1051,3 +1059,92 @@ class TestTalk:
         node = Node()
         node.order(Dismiss("node id 'a' is in use"))
         assert node.lifecycle.dismissed == "node id 'a' is in use"
+
+
+class TestHowMuchMemory:
+    """Two mirrored nodes: a slot has 10 bytes here, and its parity takes three cells, 12 bytes."""
+
+    def open(
+        self, keep: int, limit_bytes: int = 1 << 20, quota_bytes: int | None = None
+    ) -> tuple[Node, list[object]]:
+        """A trainer that opens its layout, and what it is told."""
+        node = Node(limit_bytes=limit_bytes)
+        node.attach(1, keep=keep)
+        node.grant(quota_bytes=quota_bytes)
+        return node, tells(node.say(1, OpenLayout(1, SIZE_BYTES)), 1)
+
+    @pytest.mark.parametrize("keep", [1, 2, 4])
+    def test_a_slot_and_a_generation_of_parity_for_each_that_is_kept_and_one_more(
+        self, keep: int
+    ) -> None:
+        needed = (keep + 1) * (SIZE_BYTES + 12)
+        node, (answer,) = self.open(keep, limit_bytes=needed)
+        assert isinstance(answer, LayoutOpened)
+        assert len(node.slots()) == keep + 1
+        _, (refusal,) = self.open(keep, limit_bytes=needed - 1)
+        assert isinstance(refusal, Rejected)
+        assert refusal.kind == "MemoryTooSmall"
+        assert f"{keep + 1} slots of {SIZE_BYTES} bytes" in refusal.reason
+        assert f"{keep + 1} generations of parity" in refusal.reason
+        assert f"--memory-limit {needed}" in refusal.reason
+        assert (f"Checkpointer(keep={keep})" in refusal.reason) == (keep > 1)
+
+    def test_the_coordinator_hears_how_many_are_kept(self) -> None:
+        node = Node()
+        node.attach(1, keep=3)
+        (report,) = reports(node.actions, RankReport)
+        assert report.state.keep == 3
+
+    def test_a_job_over_its_quota_is_refused_with_the_numbers_and_the_ways_out(self) -> None:
+        needed = 3 * (SIZE_BYTES + 12)
+        _, (answer,) = self.open(2, quota_bytes=needed)
+        assert isinstance(answer, LayoutOpened)
+        node, (refusal,) = self.open(2, quota_bytes=needed - 1)
+        assert isinstance(refusal, Rejected)
+        assert refusal.kind == "MemoryTooSmall"
+        for part in (
+            f"needs {needed} bytes on node a",
+            "30 in 3 slots and 3 generations of parity of 12 bytes",
+            f"its quota is {needed - 1}",
+            "Checkpointer(keep=...)",
+            f"ckptd quota {JOB} {needed}",
+            "--job-quota",
+        ):
+            assert part in refusal.reason
+        assert node.slots() == {}
+
+    def test_the_quota_counts_all_ranks_of_the_node(self) -> None:
+        node = Node()
+        node.attach(1)
+        node.attach(2, rank=1)
+        node.grant(quota_bytes=2 * 2 * (SIZE_BYTES + 10))
+        assert isinstance(tells(node.say(1, OpenLayout(1, SIZE_BYTES)), 1)[0], LayoutOpened)
+        assert isinstance(tells(node.say(2, OpenLayout(1, SIZE_BYTES)), 2)[0], LayoutOpened)
+        node.attach(3, rank=2)
+        node.grant(quota_bytes=2 * 2 * (SIZE_BYTES + 10))
+        assert isinstance(tells(node.say(3, OpenLayout(1, SIZE_BYTES)), 3)[0], Rejected)
+
+    def test_segments_of_ranks_that_moved_are_not_in_the_way_of_what_is_kept(self) -> None:
+        """The node has a segment of its own and one of another rank, both of a snapshot that stays.
+
+        The one rank that runs here still gets room for two more that are kept, and for the next.
+        """
+        id = snapshot(1, 5)
+        found = tuple((f"{JOB}/old-{r}.safetensors", sidecar_of(id, r)) for r in (0, 1))
+        node = Node(ev.Adopted(found, (), (manifest_of(id),), (record_of(1),)))
+        node.attach(1, keep=3, round_="r2")
+        node.grant(2, id, round_="r2")
+        node.say(1, OpenLayout(2, SIZE_BYTES))
+        own = [slot for slot in node.lifecycle.slots.values() if slot.owner == 1]
+        assert len(own) == 3
+
+    def test_a_node_that_the_job_has_left_gives_back_what_no_snapshot_needs(self) -> None:
+        node = Node()
+        node.train()
+        name = node.seal(snapshot(1, 5))
+        node.do(ev.LocalGone(1, "it died", dead=True))
+        assert len(node.slots()) == 2
+        node.order(Record(JobRecord(JOB, 2, {"b": "tb", "c": "tc"}, ())))
+        assert node.slots() == {name: Use.SEALED}
+        node.order(Drop(snapshot(1, 5), "it is over"))
+        assert node.slots() == {}

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 
 from ckptd.agent import events as ev
 from ckptd.agent.lifecycle import Identity, Lifecycle
-from ckptd.coordinator import recovery
+from ckptd.coordinator import keeping, recovery
+from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send, Settings
 from ckptd.coordinator.state import State
 from ckptd.ids import SnapshotId
+from ckptd.journal import Incident, Journal
 from ckptd.manifest import Extent, JobManifest, JobRecord
 from ckptd.segment import ParitySidecar, Sidecar
+from ckptd.terms import KeptTerm
 from ckptd.wire import (
     AskResume,
     Attach,
@@ -34,6 +37,7 @@ from ckptd.wire import (
     Restored,
     Resumed,
     Revoked,
+    RollBack,
     Sealed,
     TakeSnapshot,
     Ticket,
@@ -62,6 +66,8 @@ class Plan:
     spares: int = 2
     slots: int = 2
     """Slots of each rank."""
+    keep: int = 1
+    """How many protected snapshots are kept."""
     control_s: Range = (0.001, 0.02)
     """A message between an agent and the coordinator."""
     control_tail_s: float = 0.0
@@ -144,6 +150,8 @@ class Disk:
     files: dict[str, File] = field(default_factory=dict)
     manifests: dict[SnapshotId, JobManifest] = field(default_factory=dict)
     records: dict[str, JobRecord] = field(default_factory=dict)
+    term: KeptTerm | None = None
+    journal: Journal = field(default_factory=Journal)
 
     def adopt(self) -> ev.Adopted:
         """Keep what is whole, delete the rest, as the store does."""
@@ -165,6 +173,8 @@ class Disk:
             tuple(parities),
             tuple(self.manifests.values()),
             tuple(self.records.values()),
+            term=self.term,
+            entries=self.journal.entries,
         )
 
     def holding(self, id: SnapshotId) -> Holding:
@@ -281,6 +291,11 @@ class Machine:
                 who = self.locals.get(conn)
                 if who is not None:
                     who.down.carry(lambda: who.hear(message))
+            case ev.KeepTerm(kept):
+                assert disk.term is None or disk.term.term.number < kept.term.number
+                disk.term = kept
+            case ev.KeepEntries(entries):
+                disk.journal.merge(entries)
             case ev.KeepRecord(record):
                 disk.records[record.job] = record
             case ev.KeepManifest(manifest):
@@ -491,7 +506,8 @@ class Trainer(Local):
     def connected(self) -> None:
         self.tickets.clear()
         ranks, slots = self.plan.ranks, self.plan.slots
-        self.say(Attach(JOB, self.run.round, self.rank, ranks, 1, slots, self.life))
+        keep = self.plan.keep
+        self.say(Attach(JOB, self.run.round, self.rank, ranks, 1, slots, self.life, keep))
         if self.opened:
             self.say(OpenLayout(self.life, SIZE_BYTES))
         elif self.pending is not None:
@@ -581,7 +597,7 @@ class Run:
     def answered(self, trainer: Trainer, message: object) -> None:
         match message:
             case Granted(life, id):
-                self.world.check_grant(id, self.rejected)
+                self.world.check_grant(life, id, self.rejected)
                 self.life, self.granted = life, id
                 self._answers = {}
                 for other in self.trainers:
@@ -618,6 +634,8 @@ class Run:
             self.trainers[0].request(AskResume(self.rejected))
             return
         self.training = True
+        if self.life > self.world.wanted_after:
+            self.world.wanted = None
         self.step = self.granted.step if self.granted is not None else 0
         self.trainers[0].say(Resumed(self.life, self.step))
         for other in self.trainers:
@@ -683,6 +701,12 @@ class World:
         self.rounds = itertools.count(1)
         self.run: Run | None = None
         self.promise: Promise | None = None
+        self.wanted: SnapshotId | None = None
+        """To which somebody wants to go back, until a life trains from there."""
+        self.wanted_after = 0
+        """The last life that may have been granted before that was asked for."""
+        self.wishes: list[tuple[SnapshotId, int]] = []
+        """All of them, with that life."""
         self.commits: list[tuple[float, SnapshotId]] = []
         self.tickets: set[SnapshotId] = set()
         self.captured: dict[SnapshotId, set[int]] = {}
@@ -690,8 +714,8 @@ class World:
         self.refused: list[str] = []
         self.rejections: list[tuple[SnapshotId, str]] = []
         self.grants: list[SnapshotId | None] = []
-        self.coordinator: Coordinator | None = Coordinator(SETTINGS, self.clock.now)
-        self._coordinator_epoch = 0
+        self._coordinators = itertools.count(1)
+        self.coordinator: Coordinator | None = self._new_coordinator()
         for _ in range(plan.nodes):
             self.pool.append(self.add_machine())
         for _ in range(plan.spares):
@@ -706,6 +730,10 @@ class World:
 
     # The coordinator.
 
+    def _new_coordinator(self) -> Coordinator:
+        claim = Claim(f"c{next(self._coordinators)}", "tcp://coordinator:1")
+        return Coordinator(SETTINGS, self.clock.now, claim)
+
     def to_coordinator(self, peer: bytes, message: object) -> None:
         if self.coordinator is not None:
             self._send(self.coordinator.handle(peer, message, self.clock.now))  # type: ignore[arg-type]
@@ -713,8 +741,10 @@ class World:
     def _send(self, sends: list[Send]) -> None:
         assert self.coordinator is not None
         self.coordinator.check_invariants()
+        assert not self.coordinator.ended, self.coordinator.ended
         if not sends:
             return
+        term, coordinator = self.coordinator.term, self.coordinator.claim.coordinator
         peers = {f"{m.disk.token}#{m.epoch}".encode(): m for m in self.machines.values()}
         for send in sends:
             if isinstance(send.message, Commit):
@@ -723,7 +753,7 @@ class World:
                 self._ticketed(send.message.id)
             machine = peers.get(send.peer)
             if machine is not None and machine.alive:
-                order = ev.FromCoordinator(send.message)
+                order = ev.FromCoordinator(send.message, term, coordinator)
                 machine.down.carry(lambda m=machine, o=order: m.feed(o))  # type: ignore[misc]
 
     def _tick(self) -> None:
@@ -739,12 +769,19 @@ class World:
                 machine.disconnect()
 
         def start() -> None:
-            self.coordinator = Coordinator(SETTINGS, self.clock.now)
+            self.coordinator = self._new_coordinator()
             for machine in self.machines.values():
                 if machine.alive and machine.agent is not None:
                     machine.connect()
 
         self.clock.soon(0.05, 1.0, start)
+
+    def report_incident(self) -> None:
+        """Something that the coordinator wants to be known after its death."""
+        if self.coordinator is not None and self.coordinator.term:
+            number, at = self.coordinator.journal.next_incident, self.clock.now
+            self.coordinator.say(Incident(number, JOB, at, "test", "n0", "for the story"), at)
+            self._send(self.coordinator.take_actions())
 
     # The launcher.
 
@@ -766,7 +803,28 @@ class World:
     def launcher_called(self, machine: Machine) -> None:
         self.pool.append(machine)
 
-    # Faults.
+    # Faults, and wishes.
+
+    def roll_back(self) -> None:
+        """Somebody wants to go back to a snapshot that is safe, and restarts the job."""
+        here = self.coordinator
+        job = here.jobs.get(JOB) if here is not None else None
+        if here is None or job is None:
+            return
+        safe = [s for _, s in sorted(job.snapshots.items()) if keeping.is_safe(s, here.nodes)]
+        chosen = self.clock.random.choice(safe) if safe else None
+        if chosen is None or chosen.manifest is None:
+            return
+        promise = Promise(chosen.manifest, self._gone(chosen.manifest))
+        if not promise.kept_without(set()):
+            return
+        after = max(job.life, job.record.life if job.record is not None else 0)
+        if here.obey(RollBack(JOB, chosen.id.step, chosen.id.life), self.clock.now):
+            return
+        self.promise, self.wanted, self.wanted_after = promise, chosen.id, after
+        self.wishes.append((chosen.id, after))
+        self._send(here.take_actions())
+        self.restart_job()
 
     def kill_trainer(self) -> None:
         if self.run is not None and not self.run.over:
@@ -828,22 +886,35 @@ class World:
         held = self.coordinator.live_holdings(id)
         if not recovery.is_protected(snapshot.manifest, held):
             return
+        if self.wanted is not None or any(
+            chosen < id and id.life <= after for chosen, after in self.wishes
+        ):
+            return  # what was asked for is promised, and nothing that it gave up
         if self.promise is None or id > self.promise.manifest.id:
-            gone = {
-                member.node
-                for group in snapshot.manifest.groups
-                for member in group.members
-                if member.node not in self.machines
-                or not self.machines[member.node].alive
-                or not self.machines[member.node].disk.holding(id).extents
-            }
-            self.promise = Promise(snapshot.manifest, gone)
+            self.promise = Promise(snapshot.manifest, self._gone(snapshot.manifest))
             self.commits.append((self.clock.now, id))
 
-    def check_grant(self, id: SnapshotId | None, rejected: tuple[SnapshotId, ...]) -> None:
-        """What was promised is granted, or something newer."""
+    def _gone(self, manifest: JobManifest) -> set[str]:
+        """Nodes that no longer hold their segments of it."""
+        return {
+            member.node
+            for group in manifest.groups
+            for member in group.members
+            if member.node not in self.machines
+            or not self.machines[member.node].alive
+            or not self.machines[member.node].disk.holding(manifest.id).extents
+        }
+
+    def check_grant(
+        self, life: int, id: SnapshotId | None, rejected: tuple[SnapshotId, ...]
+    ) -> None:
+        """What was asked for is granted; else what was promised, or something newer."""
         self.grants.append(id)
         assert id not in rejected
+        if self.wanted is not None:
+            if life > self.wanted_after:
+                assert id == self.wanted, f"granted {id}, though {self.wanted} was asked for"
+            return
         if self.promise is not None and self.promise.kept_without(set()):
             promised = self.promise.manifest.id
             assert promised not in rejected, f"{promised} was rejected: {self.rejections}"

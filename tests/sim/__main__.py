@@ -19,10 +19,8 @@ def _seeds(text: str) -> range:
 @click.option("--story", is_flag=True, help="Tell all that happened in it.")
 @click.option("--about", default="", help="Only lines of the story in which this occurs.")
 @click.option("--jobs", default=os.cpu_count() or 1, help="Processes to use.")
-@click.option("--keep-going", is_flag=True, help="Report violations in a line each.")
-def main(
-    seeds: str, seed: int | None, story: bool, about: str, jobs: int, keep_going: bool
-) -> None:
+@click.option("--brief", is_flag=True, help="Tell violations in a line each.")
+def main(seeds: str, seed: int | None, story: bool, about: str, jobs: int, brief: bool) -> None:
     """Let the deciders live through faults, and say what they did wrong."""
     if seed is not None:
         outcome = live_through(seed, lines=None if story else 80)
@@ -37,8 +35,9 @@ def main(
     summary = Summary()
     for outcome in campaign(_seeds(seeds), jobs):
         summary.add(outcome)
-        if outcome.failure and not keep_going:
-            click.echo(outcome.report())
+        if outcome.failure:
+            short = f"seed {outcome.seed}: {outcome.failure}"
+            click.echo(short if brief else outcome.report())
     click.echo(summary)
     sys.exit(bool(summary.failures))
 

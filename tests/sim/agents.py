@@ -213,11 +213,11 @@ class Agent:
             if not isinstance(action, ev.Report):  # these are told of where they arrive
                 self.world.story.tell(self.machine.name, ">", action)
             self._do(action)
-            if self.plan.crash_between and self.world.faults_on:
-                if self.clock.random.random() < self.plan.crash_between:
-                    self.world.count("agent died between two actions")
-                    self.machine.kill_agent((0.1, 1.0))
-                    return
+            deadly = self.plan.crash_between if self.world.faults_on else 0.0
+            if deadly and self.clock.random.random() < deadly:
+                self.world.count("agent died between two actions")
+                self.machine.kill_agent((0.1, 1.0))
+                return
 
     def _do(self, action: ev.Action) -> None:
         match action:
@@ -289,7 +289,7 @@ class Agent:
     def _encode(self, action: ev.Encode) -> None:
         running = self.runs.get(action.manifest.id)
         if running is not None:
-            running.cells = action.cells
+            running.update(action)
             return
         self.runs[action.manifest.id] = EncodeRun(self, action)
 

@@ -1,4 +1,4 @@
-"""A node's memory directory: it outlives the agent, not the machine. Bytes are modelled by value."""
+"""A node's memory directory, which outlives the agent; bytes are modelled by value."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple

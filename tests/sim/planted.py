@@ -5,7 +5,7 @@ A planted bug is a pair of decider classes, and patches that last while a seed i
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +20,11 @@ from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest, JobRecord
 from ckptd.wire import Attach, Commit, Holds, Protect, SnapshotFailed, WhoAreYou
 
+from .plan import Plan, draw
+
 Patch = tuple[Any, str, Any]
+
+_OFTEN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,17 @@ class Bug:
     coordinator: type[Coordinator] = Coordinator
     lifecycle: type[Lifecycle] = Lifecycle
     patches: Callable[[], list[Patch]] = list
+    faults: tuple[str, ...] = ()
+    """Where these have to come together, often, for the bug to do harm: only they strike."""
+    nodes: int = 0
+    """Size of the job, with spares to move to, where that is needed, too."""
+
+    def plan(self, seed: int) -> Plan:
+        plan = draw(seed)
+        often = dict.fromkeys(self.faults, _OFTEN_S)
+        if self.nodes:
+            plan = replace(plan, jobs=(self.nodes,), spares=2, stable_ranks=False)
+        return replace(plan, interval_s=often) if often else plan
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -76,12 +91,18 @@ def _trust_a_flag() -> list[Patch]:
     return [(choice, "choose", choose)]
 
 
-class ResumesWhileUnheard(Coordinator):
-    """It takes itself for settled as soon as it has started."""
+def _expect_nobody() -> list[Patch]:
+    right = choice.choose
 
-    @property
-    def _settled_at(self) -> float:
-        return self.started_at
+    def choose(
+        job: Job, pending: PendingResume, nodes: dict[str, Node], _: float, *rest: float
+    ) -> choice.Start | choice.Wait:
+        if job.record is not None:
+            known = {n: t for n, t in job.record.nodes.items() if n in nodes and nodes[n].live}
+            job = replace(job, record=msgspec.structs.replace(job.record, nodes=known))
+        return right(job, pending, nodes, 0.0, *rest)
+
+    return [(choice, "choose", choose)]
 
 
 class GrantsALifeTwice(Coordinator):
@@ -237,7 +258,12 @@ BUGS = {
     "retire_older": Bug("retires what is no ancestor", patches=_retire_anything_older),
     "nothing_when_unsure": Bug("starts from nothing when unsure", patches=_nothing_when_unsure),
     "trust_a_flag": Bug("decides from a state, not from holdings", patches=_trust_a_flag),
-    "unheard": Bug("resumes while nodes are unheard", coordinator=ResumesWhileUnheard),
+    "unheard": Bug(
+        "resumes while nodes are unheard",
+        patches=_expect_nobody,
+        faults=("restart_coordinator", "kill_trainer", "cut_off"),
+        nodes=1,
+    ),
     "life_twice": Bug("grants two rounds one life", coordinator=GrantsALifeTwice),
     "one_seal": Bug("takes one rank's seal for all", coordinator=TakesOneSealForAll),
     "torn": Bug("does not drop what was torn", coordinator=ForgetsWhatWasTorn),
@@ -248,7 +274,11 @@ BUGS = {
     "any_life": Bug("gives tickets to any life", lifecycle=IgnoresTheLife),
     "owned": Bug("gives away the slot of a living process", lifecycle=TakesSlotsFromTheLiving),
     "report_early": Bug("reports parity before it is stored", lifecycle=ReportsBeforeStoring),
-    "no_record": Bug("stores no record", lifecycle=KeepsNoRecord),
+    "no_record": Bug(
+        "stores no record",
+        lifecycle=KeepsNoRecord,
+        faults=("restart_coordinator", "restart_agent", "kill_trainer"),
+    ),
     "free_capturing": Bug("releases what is written to", lifecycle=FreesWhatIsBeingChecked),
     "no_manifest": Bug("forgets manifests at a commit", lifecycle=ForgetsManifests),
     "hoard": Bug("keeps all parity", lifecycle=HoardsParity),

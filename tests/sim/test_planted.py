@@ -13,6 +13,7 @@ def test_it_is_found(name: str) -> None:
     bug = BUGS[name]
     with bug.at_work():
         for seed in SEEDS:
-            if live_through(seed, bug.coordinator, bug.lifecycle).failure:
+            kinds = bug.coordinator, bug.lifecycle
+            if live_through(seed, *kinds, plan=bug.plan(seed)).failure:
                 return
     pytest.fail(f"a coordinator or agent that {bug.says} lives through {len(SEEDS)} seeds")

@@ -1,4 +1,4 @@
-"""Trainers, spare launchers, and the launcher of a job, which starts a new run when one has failed."""
+"""Trainers, spare launchers, and the launcher of a job, which starts it again when it fails."""
 
 import itertools
 from typing import TYPE_CHECKING, Any

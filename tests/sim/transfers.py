@@ -5,6 +5,8 @@ and parity that was computed from the very same; anything else would decode to b
 is not the one that the node manifests have.
 """
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptd.agent import events as ev
@@ -20,56 +22,105 @@ _AGAIN_S = (0.1, 0.4)
 _DONE_S = (0.0001, 0.005)
 
 
+Ranks = Mapping[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an agent can look for parts of a snapshot: as `Source`, and from this node."""
+
+    agent: "Agent"
+    id: SnapshotId
+    manifest: JobManifest | None
+    ranks: Ranks
+    cells: Collection[str]
+    """Nodes whose addresses are known."""
+
+    def peer(self, node: str) -> "Agent | None":
+        if node == self.agent.machine.name:
+            return self.agent
+        return self.agent.machine.reaches(node) if node in self.cells else None
+
+    def digests(self, rank: int) -> State | None:
+        """From those who hold the segment, then from the group of the node that sealed it."""
+        asked = [(node, [node]) for node in self.ranks.get(rank, ())]
+        if self.manifest is not None:
+            group, member = self.manifest.group_of(rank)
+            members = self.manifest.groups[group].members
+            asked.append((members[member].origin, [other.node for other in members]))
+        for node, keepers in asked:
+            for peer in [self.agent, *map(self.peer, keepers)]:
+                found = peer.node_manifest(self.id, node) if peer is not None else None
+                if found is not None and rank in found:
+                    return found[rank]
+        return None
+
+    def copy(self, rank: int, digests: State | None) -> State | None:
+        """A whole copy of a segment, from here or from whoever holds it."""
+        for node in (self.agent.machine.name, *self.ranks.get(rank, ())):
+            peer = self.peer(node)
+            if digests and peer is not None and peer.read(self.id, rank) == digests:
+                return digests
+        return None
+
+
 class EncodeRun:
-    """One node's share in protecting one snapshot, as `ckptd.agent.protect.EncodeRun` does it."""
+    """One node's share in protecting one snapshot, as `ckptd.agent.protect.EncodeRun` does it.
+
+    With `ranks`, as `ckptd.agent.again.RecodeRun` does it: from whoever holds the segments.
+    """
 
     def __init__(self, agent: "Agent", action: ev.Encode) -> None:
-        self._agent, self._manifest, self._name = agent, action.manifest, action.name
-        self._size_bytes, self._serve_only = action.size_bytes, action.serve_only
-        self.cells = action.cells
+        self._agent, self._name, self._size_bytes = agent, action.name, action.size_bytes
+        self._serve_only, self._again = action.serve_only, bool(action.ranks)
         self._stopped = self._ended = False
+        self.update(action)
         place = action.manifest.place_of(agent.machine.name)
         assert place is not None
         self._group, self._me = place
         if not self._serve_only:
             agent.in_background(agent.plan.encode_s, self._collect_manifests)
 
+    def update(self, action: ev.Encode) -> None:
+        """The same order again: names and addresses may be new."""
+        self._manifest, agent = action.manifest, self._agent
+        self._places = Places(
+            agent, action.manifest.id, action.manifest, action.ranks, action.cells
+        )
+
     def stop(self) -> None:
         if not self._stopped and not self._ended and not self._serve_only:
-            self._agent.in_background(_DONE_S, self._tell, ev.EncodeFailed(self._manifest.id, ""))
+            self._tell(ev.EncodeFailed(self._manifest.id, ""))
         self._stopped = True
 
     def _fail(self, reason: str) -> None:
         self._ended = True
-        self._agent.in_background(_DONE_S, self._tell, ev.EncodeFailed(self._manifest.id, reason))
+        self._tell(ev.EncodeFailed(self._manifest.id, reason))
 
     def _tell(self, event: ev.Event) -> None:
-        self._agent.feed(event)
-
-    def _peer(self, node: str) -> "Agent | None":
-        return self._agent.machine.reaches(node) if node in self.cells else None
+        self._agent.in_background(_DONE_S, self._agent.feed, event)
 
     def _collect_manifests(self) -> None:
         """Keep every node manifest of the group before any parity is made."""
         if self._stopped:
             return
-        id, disk = self._manifest.id, self._agent.disk
+        id = self._manifest.id
         for member in self._manifest.groups[self._group].members:
-            peer = self._peer(member.node)
-            found = self._agent.node_manifest(id, member.node)
-            if found is None and peer is not None:
+            ranks = [extent.rank for extent in member.extents]
+            found: dict[int, State] | None = None
+            if self._again:
+                found = {rank: state for rank in ranks if (state := self._places.digests(rank))}
+                found = found if len(found) == len(ranks) else None
+            elif (peer := self._places.peer(member.node)) is not None:
                 found = peer.node_manifest(id, member.node)
-                if found is None:
-                    self._fail(f"{member.node} holds no segment of {id}")
+                if not set(ranks) <= (found or {}).keys():
+                    self._fail(f"{member.node} does not hold its segments of {id}")
                     return
             if found is None:
                 self._agent.in_background(_AGAIN_S, self._collect_manifests)
                 return
-            if not {extent.rank for extent in member.extents} <= found.keys():
-                self._fail(f"the manifest of {member.node} does not fit the job manifest")
-                return
-            if member.node != self._agent.machine.name:
-                disk.node_manifests[id, member.node] = dict(found)
+            if self._again or member.node != self._agent.machine.name:
+                self._agent.disk.node_manifests[id, member.origin] = dict(found)
         self._encode()
 
     def _encode(self) -> None:
@@ -79,17 +130,20 @@ class EncodeRun:
         id = self._manifest.id
         inputs: list[tuple[int, State]] = []
         for member in self._manifest.groups[self._group].members:
-            peer = self._peer(member.node)
-            if peer is None or id not in peer.runs:  # it does not hand out rows yet
-                self._agent.in_background(_AGAIN_S, self._encode)
+            peer = self._places.peer(member.node)
+            if not self._again and (peer is None or id not in peer.runs):
+                self._agent.in_background(_AGAIN_S, self._encode)  # it hands out no rows yet
                 return
-            digests = self._agent.node_manifest(id, member.node) or {}
             for extent in member.extents:
-                data = peer.read(id, extent.rank)
-                if data is None or data != digests.get(extent.rank):
+                digests = self._places.digests(extent.rank)
+                if self._again and self._places.copy(extent.rank, digests) is None:
+                    self._agent.in_background(_AGAIN_S, self._encode)
+                    return
+                if not self._again and peer is not None and peer.read(id, extent.rank) != digests:
                     self._fail(f"rank {extent.rank} of {id} from {member.node} is gone or damaged")
                     return
-                inputs.append((extent.rank, digests[extent.rank]))
+                assert digests is not None
+                inputs.append((extent.rank, digests))
         disk = self._agent.disk
         file = disk.files.setdefault(self._name, File(self._size_bytes))
         file.data = disk.parity_seals[self._name] = ParityOf(
@@ -98,7 +152,7 @@ class EncodeRun:
         self._agent.parities[id] = self._name
         self._ended = True
         self._agent.world.truth.encoded(id, self._agent.machine.name, self._manifest)
-        self._agent.in_background(_DONE_S, self._tell, ev.Encoded(id))
+        self._tell(ev.Encoded(id))
 
 
 class Fetching:
@@ -106,6 +160,8 @@ class Fetching:
 
     def __init__(self, agent: "Agent", action: ev.Fetch) -> None:
         self._agent, self._action = agent, action
+        source = action.source
+        self._places = Places(agent, action.id, source.manifest, source.ranks, source.cells)
         if not action.present:
             agent.disk.files.setdefault(action.name, File(action.size_bytes))
         agent.in_background(agent.plan.fetch_s, self._run)
@@ -115,14 +171,14 @@ class Fetching:
         if action.name not in disk.files:
             disk.files[action.name] = File(action.size_bytes)
         file = disk.files[action.name]
-        digests = self._digests(action.rank)
+        digests = self._places.digests(action.rank)
         if digests is None:
             self._fail("Unrecoverable", f"the digests of rank {action.rank} are lost")
             return
         if action.present and file.data == digests:
             self._agent.feed(ev.Fetched(action.name, 0, 0))
             return
-        got, rebuilt = self._copy(action.rank, digests), 0
+        got, rebuilt = self._places.copy(action.rank, digests), 0
         if got is None:
             got, rebuilt = self._decode(digests), 3
         if got != digests:
@@ -139,33 +195,6 @@ class Fetching:
     def _fail(self, kind: str, reason: str) -> None:
         self._agent.feed(ev.FetchFailed(self._action.name, kind, reason))
 
-    def _peer(self, node: str) -> "Agent | None":
-        return self._agent.machine.reaches(node) if node in self._action.source.cells else None
-
-    def _digests(self, rank: int) -> State | None:
-        """From those who hold the segment, then from the group of the node that sealed it."""
-        id, source = self._action.id, self._action.source
-        asked = [(node, [node]) for node in source.ranks.get(rank, ())]
-        if source.manifest is not None:
-            group, member = source.manifest.group_of(rank)
-            members = source.manifest.groups[group].members
-            asked.append((members[member].node, [other.node for other in members]))
-        for node, keepers in asked:
-            peers = [self._agent, *map(self._peer, keepers)]
-            for peer in peers:
-                found = peer.node_manifest(id, node) if peer is not None else None
-                if found is not None and rank in found:
-                    return found[rank]
-        return None
-
-    def _copy(self, rank: int, digests: State) -> State | None:
-        here = self._agent.machine.name
-        for node in (here, *self._action.source.ranks.get(rank, ())):
-            peer = self._agent if node == here else self._peer(node)
-            if peer is not None and peer.read(self._action.id, rank) == digests:
-                return digests
-        return None
-
     def _decode(self, digests: State) -> State | None:
         """From the rest of its group, if that is enough, and of one snapshot."""
         manifest = self._action.source.manifest
@@ -179,9 +208,7 @@ class Fetching:
                 data[number] = found
         parity = {}
         for number, other in enumerate(manifest.groups[group].members):
-            peer = self._peer(other.node)
-            if other.node == self._agent.machine.name:
-                peer = self._agent
+            peer = self._places.peer(other.node)
             if peer is not None and other.node in self._action.source.parity:
                 found_parity = peer.read_parity(self._action.id)
                 if isinstance(found_parity, ParityOf) and found_parity.member == number:
@@ -189,8 +216,7 @@ class Fetching:
         return decode(manifest, group, member, self._action.rank, data, parity)
 
     def _whole(self, rank: int) -> State | None:
-        digests = self._digests(rank)
-        return self._copy(rank, digests) if digests is not None else None
+        return self._places.copy(rank, self._places.digests(rank))
 
 
 def decode(
@@ -256,7 +282,7 @@ def _decodes(
         if all(e.rank in whole for e in other.extents)
     }
     parity = {found.member: found for found in kept if found.group == group}
-    owner = (manifest.id, members[member].node)
+    owner = (manifest.id, members[member].origin)
     return decode(manifest, group, member, rank, data, parity) is not None and any(
         rank in disk.node_manifests.get(owner, {}) for disk in disks
     )

@@ -178,7 +178,7 @@ class Truth:
             for member in group.members
             if (id, member.node) not in self._encoded
         ]
-        if lacking:
+        if lacking and not complete:  # else a newcomer has taken the place of one that had
             raise Violation(f"{id} was committed, and {', '.join(lacking)} never encoded it")
         promise = self.promises.get(id.job)
         if promise is None or id > promise:

@@ -76,7 +76,7 @@ class World:
     # The run.
 
     def run(self) -> None:
-        """Faults for a while, then peace, in which every job must come to train and be protected."""
+        """Faults for a while, then peace, in which every job must train and be protected again."""
         end = self.clock.now + self.plan.faults_s
         while self.clock.now < end:
             self.clock.run_until(min(end, self.clock.now + 1.0))

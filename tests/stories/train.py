@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.03)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--timeout", type=float, default=30.0)
-    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--slots", type=int, default=None)
+    parser.add_argument("--keep", type=int, default=None)
     parser.add_argument("--unsavable", action="store_true", help="a date among the data's state")
     parser.add_argument("--finish", action="store_true")
     parser.add_argument("--plain", type=int, default=0, help="these ranks, without ckptd")
@@ -125,6 +126,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
             optimizer=optimizer,
             extra=extra,
             slots=args.slots,
+            keep=args.keep,
             resume_timeout_s=args.timeout,
         )
         try:
