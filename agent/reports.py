@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import structlog
 
 from ckptd.agent import witness
@@ -42,6 +43,8 @@ _APART_S = 1.1
 """The coordinator wants a suspect at the same place for a second."""
 _STACK_LINES = 40
 _STACK_LIMIT = 6000
+_HELPERS_SHARE = 0.1
+_CHILDREN_LIMIT = 256
 _MOVED_BYTES = 1 << 20
 """Less is the pulse, and answers to the agent."""
 _LIVES_LIMIT = 64
@@ -213,8 +216,15 @@ class Reports:
 
     async def _look(self, order: LookAt) -> None:
         shown = [told for told in self._shown(order.job, order.life) if told.rank in order.ranks]
+        before = {told.pid: family_used(told.pid) for told in shown}
         pairs = await self.diagnosis.look_twice_at(shown, _APART_S)
-        looks = {second.rank: looks_of(first, second) for first, second in pairs}
+        looks = {}
+        for first, second in pairs:
+            cpu_s, moved = (
+                now - then
+                for now, then in zip(family_used(second.pid), before[second.pid], strict=True)
+            )
+            looks[second.rank] = looks_of(first, second, cpu_s, int(moved))
         self._send(Looked(order.job, order.life, order.finding, looks))
 
     async def _collect(self, order: Collect) -> None:
@@ -246,11 +256,34 @@ class Reports:
             log.warning("trainers killed", job=order.job, life=order.life, reason=order.reason)
 
 
-def looks_of(first: witness.Sample, second: witness.Sample) -> tuple[Look, Look]:
-    """Two samples as the coordinator judges them."""
+def looks_of(
+    first: witness.Sample, second: witness.Sample, children_s: float = 0.0, children_bytes: int = 0
+) -> tuple[Look, Look]:
+    """Two samples as the coordinator judges them.
+
+    `children_s` and `children_bytes`: what its child processes did meanwhile. One that waits for
+    its data loader's workers does something, though itself it does not.
+    """
     compared = witness.compare(first, second)
-    moved = compared.moved_bytes if compared.moved_bytes >= _MOVED_BYTES else 0
-    return _look_of(first, 0.0, 0), _look_of(second, compared.cpu_s, moved)
+    main_s = second.cpu_s.get(second.pid, 0.0) - first.cpu_s.get(first.pid, 0.0)
+    others_s = compared.cpu_s - main_s
+    if others_s < _HELPERS_SHARE * (second.at - first.at):
+        others_s = 0.0  # the pulse, and answers to the agent
+    moved = compared.moved_bytes + max(0, children_bytes)
+    cpu_s = max(0.0, main_s) + others_s + max(0.0, children_s)
+    return _look_of(first, 0.0, 0), _look_of(second, cpu_s, moved if moved >= _MOVED_BYTES else 0)
+
+
+def family_used(pid: int) -> tuple[float, int]:
+    """CPU seconds and bytes read and written, of all descendants of a process so far."""
+    cpu_s, moved = 0.0, 0
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True)[:_CHILDREN_LIMIT]:
+            with contextlib.suppress(psutil.Error):
+                times, io = child.cpu_times(), child.io_counters()
+                cpu_s += times.user + times.system
+                moved += io.read_chars + io.write_chars
+    return cpu_s, moved
 
 
 def _look_of(sample: witness.Sample, cpu_s: float, io_bytes: int) -> Look:

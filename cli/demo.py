@@ -20,13 +20,13 @@ from ckptd.cli.story import Result, Story
 from ckptd.errors import ConfigError
 
 _CELLS = "256KiB"  # the model is small; with cells of 4 MiB a rank would have three
-_MINIMUM_STEPS = 60
+_MINIMUM_STEPS = 150
 
 
 @click.command(cls=options.Command)
 @click.option(
     "--steps",
-    default=70,
+    default=180,
     show_default=True,
     type=click.IntRange(_MINIMUM_STEPS),
     help="Training steps in all.",

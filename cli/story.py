@@ -22,6 +22,7 @@ _STEPS_BETWEEN_FAULTS = 6
 _RECOVERY_TIMEOUT_S = 120.0
 _ARMED_S = 100.0
 """A hang time-out below this is one that was learnt from the job."""
+_LEAST_STEP_S = 0.2
 _STOPPED_S, _RUNS_S = 0.15, 0.05
 
 Tell = Callable[[str], None]
@@ -153,7 +154,7 @@ class Story:
         self._destroy(1)
         self._destroy(2)
         self._slow_down()
-        self._wait(f"step {self._steps}", self._digest_path.exists, 180.0)
+        self._wait(f"step {self._steps}", self._digest_path.exists, 60.0 + 2.0 * self._steps)
         self._tell(f"trained to step {self._steps} through {len(self.faults)} faults")
         calm_losses, calm_digest = self._calm_run()
         return self._compare(calm_losses, calm_digest)
@@ -187,7 +188,7 @@ class Story:
         self._recover(fault, "rank_left", [node])
 
     def _stop_trainer(self) -> None:
-        """It does not die, so nobody is told: only its peers say, who wait, that it hangs."""
+        """It does not die, so nobody is told: only its peers, who wait, say that it hangs."""
         node = self._placed[1]
         self._wait_for_training(len(self.faults) + 1, _STEPS_BETWEEN_FAULTS)
         self._wait("diagnosis to know the job", self._is_armed)
@@ -196,7 +197,8 @@ class Story:
         trainer.send_signal(signal.SIGSTOP)
         self._wait("the hang to be found", lambda: self._of_kind("restart_ordered", fault.at))
         ordered = self._of_kind("restart_ordered", fault.at)[0]
-        incident = self._cluster.status()["incidents"][ordered["incident"] - 1]
+        incidents = self._cluster.status()["incidents"]
+        incident = next(one for one in incidents if one["number"] == ordered["incident"])
         fault.named = f"{incident['culprit']}: {incident['kind']}; {incident['witness']}"
         self._tell(f"  {fault.named}")
         self._tell(f"  all trainers killed after {ordered['time'] - fault.at:.1f} s, by itself")
@@ -211,12 +213,24 @@ class Story:
         found = self.slowness = Slowness(f"trainer on {node} slowed down", time())
         self._tell(f"✗ {found.what} at step {self._losses().step}")
         with _throttled(trainer):
-            self._wait("the straggler to be named", lambda: self._of_kind("slow", found.at))
-        event = self._of_kind("slow", found.at)[0]
-        incident = self._cluster.status()["incidents"][event["incident"] - 1]
-        found.named_s, found.named = event["time"] - found.at, incident["culprit"]
+            self._wait("the straggler to be named", lambda: self._stragglers(found.at))
+        at, incident = self._stragglers(found.at)[0]
+        found.named_s, found.named = at - found.at, incident["culprit"]
         found.right = incident["nodes"] == [node]
         self._tell(f"✓ named after {found.named_s:.1f} s: {found.named}; training went on")
+
+    def _stragglers(self, since: float) -> list[tuple[float, dict[str, Any]]]:
+        """When a rank or node was said to be slow, and the incident."""
+        status = self._cluster.status()
+        numbered = {incident["number"]: incident for incident in status["incidents"]}
+        found = [
+            (event["time"], numbered[event["incident"]])
+            for event in status["events"]
+            if event["kind"] == "slow" and event["time"] >= since
+        ]
+        # At first it may only be seen that everything is slow.
+        kind = "non-communication slow"
+        return [(at, one) for at, one in found if one["kind"] == kind and one["ranks"]]
 
     def _trainer(self, node: str) -> psutil.Process:
         trainers = self._cluster.trainers(node)
@@ -330,7 +344,9 @@ class Story:
     # Looking.
 
     def _torchrun(self, *flags: str) -> list[str]:
-        return [*flags, *self._script_arguments(self._loss_path, self._digest_path)]
+        script = self._script_arguments(self._loss_path, self._digest_path)
+        # On a fast machine the steps would be over before all has been told.
+        return [*flags, *script, f"--min-step-seconds={_LEAST_STEP_S}"]
 
     def _script_arguments(self, losses: Path, digest: Path) -> list[str]:
         return [

@@ -1,16 +1,19 @@
 """What an agent tells the coordinator's diagnosis, and whom it kills on its order."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ckptd.agent import witness
 from ckptd.agent.cells import Peers
-from ckptd.agent.reports import Reports, Sketcher, looks_of, main_stack
+from ckptd.agent.reports import Reports, Sketcher, family_used, looks_of, main_stack
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.keys import ClusterKey
 from ckptd.watching import (
@@ -21,7 +24,7 @@ from ckptd.watching import (
     started_ticks,
     trainers_dir,
 )
-from ckptd.wire import AskClock, Clock, KillWorkers
+from ckptd.wire import AskClock, Clock, KillWorkers, Transfer
 
 WORLD = (GroupInfo("0", (0, 1), "gloo"),)
 DUMP = """Current thread 0x00007f1 (most recent call first):
@@ -88,12 +91,30 @@ def test_the_main_threads_stack_ends_with_the_innermost_call():
 
 
 def test_looks_have_the_kernels_letters_and_leave_out_the_pulse():
-    first = witness.Sample(1.0, 0, 1, "stopped", {1: 1.0}, read_bytes=0)
-    second = witness.Sample(2.0, 0, 1, "gone", {1: 1.5}, read_bytes=5000)
+    first = witness.Sample(1.0, 0, 1, "stopped", {1: 1.0, 2: 1.0}, read_bytes=0)
+    second = witness.Sample(2.0, 0, 1, "gone", {1: 1.5, 2: 1.05}, read_bytes=5000)
     a, b = looks_of(first, second)
     assert (a.state, b.state) == ("T", "")
     assert b.cpu_s - a.cpu_s == pytest.approx(0.5)
     assert a.io_bytes == b.io_bytes
+
+
+def test_who_waits_for_busy_children_makes_progress():
+    first = witness.Sample(1.0, 0, 1, "sleeping", {1: 1.0})
+    second = witness.Sample(2.0, 0, 1, "sleeping", {1: 1.0})
+    a, b = looks_of(first, second, children_s=0.4)
+    assert b.cpu_s - a.cpu_s == pytest.approx(0.4)
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until = time.monotonic() + 30
+        while family_used(parent.pid)[0] < 0.1:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        for child in psutil.Process(parent.pid).children():
+            child.kill()
+        parent.wait()
 
 
 @pytest.fixture
@@ -106,16 +127,12 @@ def sleepers():
 
 
 async def scanned(reports: Reports, count: int) -> None:
-    import asyncio
-
     async with asyncio.timeout(30):
         while len(reports.diagnosis.views()) < count:
             await asyncio.sleep(0.05)
 
 
 def test_only_trainers_of_that_life_are_killed_stopped_ones_too(tmp_path: Path, sleepers):
-    import asyncio
-
     doomed, other_life, attached = sleepers
     directory = trainers_dir(tmp_path / "agent")
     directory.mkdir(mode=0o700)
@@ -147,3 +164,14 @@ def test_only_trainers_of_that_life_are_killed_stopped_ones_too(tmp_path: Path, 
     assert other_life.poll() is None
     assert asked[0] == ("job", 1)
     assert [type(message) for message in sent if isinstance(message, Clock)] == [Clock]
+
+
+def test_transfers_are_told_once_by_node_and_small_ones_not_at_all():
+    peers = Peers(ClusterKey.read(None))
+    peers.name_of = lambda address: {"10.0.0.2:9": "b"}.get(address, address)
+    peers.note_transfer("10.0.0.2:9", 1 << 20, 0.5)
+    peers.note_transfer("10.0.0.2:9", 1 << 20, 0.25)
+    peers.note_transfer("10.0.0.2:9", 100, 9.0)
+    peers.note_transfer("10.0.0.3:9", 1 << 20, 9.0)  # nobody has said who is there
+    assert peers.take_transfers() == (Transfer("b", 2, 2 << 20, 0.75),)
+    assert peers.take_transfers() == ()

@@ -25,7 +25,7 @@ def of_this_test(mark):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_loss_and_the_final_state_are_equal_through_three_faults(tmp_path):
+def test_every_loss_and_the_final_state_are_equal_through_four_faults_and_a_straggler(tmp_path):
     picture = tmp_path / "loss.png"
     done = subprocess.run(
         [sys.executable, "-m", "ckptd.cli", "demo", "--json", "--plot", str(picture)],
@@ -35,9 +35,11 @@ def test_every_loss_and_the_final_state_are_equal_through_three_faults(tmp_path)
     result = json.loads(done.stdout)
     assert result["equal"] is True
     assert result["final_digest"] == result["calm_digest"]
-    assert result["compared_steps"] >= 70
-    killed, one_node, two_nodes = result["faults"]
-    assert killed["rebuilt_cells"] == 0
+    assert result["compared_steps"] >= 180
+    killed, stopped, one_node, two_nodes = result["faults"]
+    assert killed["rebuilt_cells"] == stopped["rebuilt_cells"] == 0
+    assert "node n2" in stopped["named"]
+    assert result["slowness"]["right"]
     assert 0 < one_node["rebuilt_cells"] < two_nodes["rebuilt_cells"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 

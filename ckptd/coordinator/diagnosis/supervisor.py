@@ -64,8 +64,7 @@ class DiagnosisSettings:
     policy: str = OBSERVE
     """One of POLICIES."""
     thresholds: Thresholds = field(default_factory=Thresholds)
-    witness: WitnessLimits = field(default_factory=lambda: WitnessLimits(busy_share=0.1))
-    """The pulse, the worker server and the recorder's thread of a trainer run a little, too."""
+    witness: WitnessLimits = field(default_factory=WitnessLimits)
 
     @property
     def limits(self) -> PolicyLimits:
