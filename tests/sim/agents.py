@@ -13,7 +13,7 @@ from .transfers import EncodeRun, Fetching
 
 if TYPE_CHECKING:
     from .plan import Range
-    from .trainers import Local
+    from .processes import Local
     from .world import World
 
 _LIMIT_BYTES = 1 << 20

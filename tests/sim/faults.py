@@ -10,7 +10,8 @@ from ckptd.ids import SnapshotId
 
 from .agents import Agent, Machine
 from .disk import Damaged
-from .trainers import SpareLauncher, TrainingJob
+from .processes import SpareLauncher
+from .runs import TrainingJob
 
 if TYPE_CHECKING:
     from .world import World

@@ -15,7 +15,8 @@ from .kernel import Violation
 
 if TYPE_CHECKING:
     from .agents import Machine
-    from .trainers import Run, Trainer
+    from .runs import Run
+    from .trainers import Trainer
     from .world import World
 
 MOST_SLOTS_EXTRA = 3

@@ -12,7 +12,8 @@ from .control import Connection, CoordinatorProcess
 from .faults import Faults
 from .kernel import START_S, Clock, Story, Violation
 from .plan import Plan
-from .trainers import SpareLauncher, TrainingJob
+from .processes import SpareLauncher
+from .runs import TrainingJob
 from .truth import Truth
 
 _COMMITS_AT_THE_END = 3
