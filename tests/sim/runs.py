@@ -134,15 +134,17 @@ class TrainingJob:
         """As soon as there are nodes enough."""
         self._launching = False
         self.pool = list({id(m): m for m in self.pool if m.alive}.values())
-        if len(self.pool) < self.nodes:
+        left_out = self.world.people.left_out
+        able = [machine for machine in self.pool if machine.name not in left_out]
+        if len(able) < self.nodes:
             if self._by_hand:
                 self._take_spares()
             self._launch_in((0.2, 0.5))
             return
         self._by_hand = False
-        chosen = self.pool[: self.nodes]
+        chosen = able[: self.nodes]
         if not self.world.plan.stable_ranks:
-            chosen = self.world.clock.random.sample(self.pool, self.nodes)
+            chosen = self.world.clock.random.sample(able, self.nodes)
         places = [machine for machine in chosen for _ in range(self.world.plan.ranks_per_node)]
         self.run = Run(self, next(self._rounds), places)
 

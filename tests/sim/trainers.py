@@ -57,7 +57,14 @@ class Trainer(Local):
         plan = self.plan
         self.say(
             Attach(
-                job.name, self.run.round, self.rank, job.ranks, plan.every, plan.slots, self.life
+                job.name,
+                self.run.round,
+                self.rank,
+                job.ranks,
+                plan.every,
+                plan.slots,
+                self.life,
+                plan.keep,
             )
         )
         if self._layout:
