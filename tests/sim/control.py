@@ -162,6 +162,13 @@ class CoordinatorProcess:
     def at_work(self) -> bool:
         return self.decider is not None and not self._asleep
 
+    @property
+    def in_office(self) -> bool:
+        """Whether no agent obeys a later one, so that its decisions count."""
+        machines = self._world.machines.values()
+        terms = [machine.obedience.term for machine in machines if machine.alive]
+        return self.decider is not None and self.decider.term >= max(terms, default=0)
+
     def receive(self, peer: bytes, said: Said) -> None:
         if self.decider is None:
             return
@@ -174,8 +181,8 @@ class CoordinatorProcess:
         if isinstance(message, Hello | Outdated):
             self.hearsay.hear(message, entries, self.decider)
         sends = self.decider.handle(peer, message, self._world.clock.now)
-        if self is self._world.coordinator:
-            self._world.truth.coordinator_learnt(message)
+        if self.in_office:
+            self._world.truth.coordinator_learnt(self, message)
         self._carry_out(sends)
 
     def obey(self, order: ClientOrder) -> str:
@@ -200,8 +207,8 @@ class CoordinatorProcess:
         if sends and self is not self._world.coordinator and self.hearsay.rival:
             self._must_be_silent(decider)
         for send in sends:
-            if self is self._world.coordinator:
-                self._world.truth.coordinator_says(send)
+            if self.in_office:
+                self._world.truth.coordinator_says(self, send)
             self._tell(">", send.peer.decode(), send.message)
             connection = self.connections.get(send.peer)
             if connection is not None:

@@ -20,6 +20,11 @@ class Obedience:
         self._term: Term = (0, "")
         self._log = Journal()
 
+    @property
+    def term(self) -> int:
+        """The highest that it obeys."""
+        return self._term[0]
+
     def obeys(self, event: ev.FromCoordinator) -> bool:
         """Whether this is an order of the coordinator that is obeyed."""
         return self._term == (event.term, event.coordinator)

@@ -11,6 +11,7 @@ from .kernel import Violation
 
 if TYPE_CHECKING:
     from .agents import Machine
+    from .control import CoordinatorProcess
     from .runs import TrainingJob
     from .world import World
 
@@ -57,9 +58,8 @@ class People:
         asked = self._asked.get(job)
         return (asked.id,) if asked is not None and asked.id is not None else ()
 
-    def wish(self, grant: Grant) -> SnapshotId | None:
-        """Where the coordinator in office must know that the life is to begin."""
-        office = self._world.coordinator
+    def wish(self, office: "CoordinatorProcess", grant: Grant) -> SnapshotId | None:
+        """Where this coordinator must know that the life is to begin."""
         assert office.decider is not None
         known = office.hearsay.log(office.decider).rollback(grant.job)
         if known is None or known.after >= grant.life:
@@ -68,6 +68,9 @@ class People:
 
     def fulfils(self, grant: Grant) -> SnapshotId | None:
         """The wish with which the life was granted, once an agent has heard of it."""
+        asked = self._asked.get(grant.job)
+        if asked is not None and asked.id == grant.id and grant.life > asked.after:
+            return asked.id  # of a coordinator that is no longer in office, perhaps
         return self._fulfilled.get((grant.job, grant.life))
 
     def trains(self, job: str, life: int) -> None:
@@ -117,19 +120,18 @@ class People:
 
     # What must hold.
 
-    def check(self, grant: Grant) -> None:
-        """The coordinator in office grants a life, for the first time or again."""
+    def check(self, office: "CoordinatorProcess", grant: Grant) -> None:
+        """A coordinator in office grants a life, for the first time or again."""
         truth = self._world.truth
         if truth.is_granted(grant):
             return
-        wish = self.wish(grant)
+        wish = self.wish(office, grant)
         if wish is not None:
             if grant.id != wish:
                 raise Violation(f"{grant.job} starts from {grant.id}, though {wish} was asked for")
             self._fulfilled[grant.job, grant.life] = wish
         elif grant.id is not None and truth.given_up(grant.id):
             raise Violation(f"{grant.job} falls back to {grant.id}, which was given up")
-        office = self._world.coordinator
         assert office.decider is not None
         log = office.hearsay.log(office.decider)
         for name in grant.record.nodes:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ckptd.agent.lifecycle import Use
-from ckptd.coordinator.decider import Send
+from ckptd.coordinator.decider import Coordinator, Send
 from ckptd.coordinator.state import State as Phase
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest
@@ -15,6 +15,7 @@ from .kernel import Violation
 
 if TYPE_CHECKING:
     from .agents import Machine
+    from .control import CoordinatorProcess
     from .runs import Run
     from .trainers import Trainer
     from .world import World
@@ -107,7 +108,7 @@ class Truth:
 
     # The coordinator.
 
-    def coordinator_learnt(self, message: AgentMessage) -> None:
+    def coordinator_learnt(self, office: "CoordinatorProcess", message: AgentMessage) -> None:
         """Note which snapshots it knows to be sealed by all."""
         match message:
             case Holds(holding):
@@ -116,7 +117,7 @@ class Truth:
                 names = {holding.id.job for holding in message.holdings}
             case _:
                 return
-        decider = self._world.coordinator.decider
+        decider = office.decider
         assert decider is not None
         for name in names & decider.jobs.keys():
             for id, snapshot in decider.jobs[name].snapshots.items():
@@ -130,13 +131,14 @@ class Truth:
         if lacking:
             raise Violation(f"{id} counts as sealed, and ranks {lacking} never captured it")
 
-    def coordinator_says(self, send: Send) -> None:
+    def coordinator_says(self, office: "CoordinatorProcess", send: Send) -> None:
+        assert office.decider is not None
         match send.message:
             case Grant() as grant:
-                self._grants(grant)
-                self._world.people.check(grant)
+                self._grants(office, grant)
+                self._world.people.check(office, grant)
             case Commit(id, retire):
-                self._commits(id, retire)
+                self._commits(office.decider, id, retire)
             case Record(record):
                 if (record.job, record.life) in self._lives:
                     _, start = self._lives[record.job, record.life]
@@ -153,7 +155,7 @@ class Truth:
         if known != answer:
             raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
 
-    def _grants(self, grant: Grant) -> None:
+    def _grants(self, office: "CoordinatorProcess", grant: Grant) -> None:
         if (grant.job, grant.life) in self._lives:
             return  # said again
         if any(job == grant.job and life > grant.life for job, life in self._lives):
@@ -162,7 +164,7 @@ class Truth:
             raise Violation(
                 f"{grant.job} starts from nothing, though {max(self.sealed[grant.job])} was sealed"
             )
-        if self._world.people.wish(grant) is not None:
+        if self._world.people.wish(office, grant) is not None:
             return  # somebody chose
         promise = self.promises.get(grant.job)
         run = self._world.jobs[grant.job].run
@@ -171,13 +173,13 @@ class Truth:
         if grant.id is None or grant.id < promise:
             raise Violation(f"{grant.id} is granted, though {promise} was protected")
 
-    def _commits(self, id: SnapshotId, retire: tuple[SnapshotId, ...]) -> None:
-        decider = self._world.coordinator.decider
-        assert decider is not None
+    def _commits(
+        self, decider: Coordinator, id: SnapshotId, retire: tuple[SnapshotId, ...]
+    ) -> None:
         for other in retire:
             if not self._is_ancestor(other, id) and not self.given_up(other):
                 raise Violation(f"{id} retires {other}, which is none of its ancestors")
-        self._must_keep(id.job, set(retire))
+        self._must_keep(decider, id.job, set(retire))
         job = decider.jobs.get(id.job)
         snapshot = job.snapshots.get(id) if job is not None else None
         manifest = snapshot.manifest if snapshot is not None else None
@@ -209,11 +211,10 @@ class Truth:
             self._safe.setdefault(id.job, set()).add(id)
             self.commits[id.job] = self.commits.get(id.job, 0) + 1
 
-    def _must_keep(self, job: str, retire: set[SnapshotId]) -> None:
+    def _must_keep(self, decider: Coordinator, job: str, retire: set[SnapshotId]) -> None:
         """As many as the job keeps are left, if all that hold them have been heard."""
-        decider = self._world.coordinator.decider
         safe = self._safe.get(job, set())
-        if decider is None or self._world.plan.keep == 1 or not safe & retire:
+        if self._world.plan.keep == 1 or not safe & retire:
             return
         safe -= retire
         on_purpose = any(event.kind == "kept_fewer" for event in list(decider.events)[-3:])
