@@ -573,6 +573,7 @@ class Coordinator:
         job = self._job(state.job)
         key = (state.round, state.rank)
         new = key not in job.attachments
+        job.see(state.round)
         if state.life and state.life == job.life and not job.round:
             self._recognise(job, state)
         if job.round and job.round != state.round and 0 < state.life < job.life:
@@ -833,6 +834,9 @@ class Coordinator:
         nodes = choice.members_of(snapshot.manifest)
         wanted = snapshot.id == self.rollback_of(job)
         better = None if wanted else self._better(job, snapshot)
+        was_protected = recovery.has_all_parity(snapshot.manifest, holdings)
+        if better is not None and better < snapshot.id and job.keep > 1 and was_protected:
+            return  # it is kept beside the older one
         if better is not None:
             # Only a life that runs needs the slots for its next snapshots.
             if better > snapshot.id or (snapshot.id.life == job.life and self._runs(job)):
@@ -1329,6 +1333,10 @@ class Coordinator:
 
     def _ask_resume(self, node: str, ask: AskResumeFor, now: float) -> None:
         job = self._job(ask.job)
+        if job.is_older(ask.round):
+            reason = f"nothing: this run was started before the one that has life {job.life}"
+            self._send(node, ResumeWaits(job.name, ask.round, reason, final=True))
+            return
         if self._is_answered(job, ask.round, ask.rejected):
             # The same question again: the answer was on its way, or was lost.
             job.untold.add(node)
@@ -1454,6 +1462,7 @@ class Coordinator:
             given_up = (*older, GivenUp(start.life, start.step, life))
         job.record = JobRecord(job.name, life, nodes, chain, keep, given_up)
         job.life, job.round, job.members = life, pending.round, members
+        job.grants += 1
         job.world_size = len(members)
         job.resumed, job.resumed_from, job.pending = False, start, None
         job.granted_because = reason

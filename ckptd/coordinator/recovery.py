@@ -86,6 +86,15 @@ def is_protected(manifest: JobManifest, holdings: Holdings) -> bool:
     )
 
 
+def has_all_parity(manifest: JobManifest | None, holdings: Holdings) -> bool:
+    """Whether all parity that there ever was is there, so that it surely was protected."""
+    groups = manifest.groups if manifest is not None else ()
+    places = [member for group in groups if group.parity_shards for member in group.members]
+    return bool(places) and all(
+        place.node in holdings and holdings[place.node].parity for place in places
+    )
+
+
 def margin(manifest: JobManifest | None, holdings: Holdings) -> int:
     """How many more nodes of a group may surely be lost, whichever they are."""
     if manifest is None:

@@ -26,6 +26,8 @@ class State(enum.Enum):
     LOST = "lost"
 
 
+_ROUNDS_REMEMBERED = 32
+
 ENDED = frozenset({State.RETIRED, State.SKIPPED, State.TORN, State.DROPPED, State.LOST})
 _FAILED = frozenset({State.SKIPPED, State.TORN, State.DROPPED, State.LOST})
 
@@ -178,6 +180,25 @@ class Job:
     """Since when, and which step, some rank has no free slot although nothing is under way."""
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
+
+    grants: int = 0
+    """How many lives this coordinator has granted."""
+    seen: dict[str, int] = field(default_factory=dict)
+    """The newest rounds that were seen, and how many lives had been granted until then."""
+
+    def see(self, round_: str) -> None:
+        """A rank of a round is there."""
+        self.seen.setdefault(round_, self.grants)
+        if len(self.seen) > _ROUNDS_REMEMBERED:
+            del self.seen[next(iter(self.seen))]
+
+    def is_older(self, round_: str) -> bool:
+        """Whether a round certainly began before the one that `life` was granted to.
+
+        Processes that were stopped may all wake up when another run has long had a life.
+        """
+        grants = self.grants
+        return self.seen.get(round_, grants) < self.seen.get(self.round, 0)
 
     @property
     def keep(self) -> int:

@@ -880,6 +880,20 @@ class TestResume:
         assert wait.final
         assert str(only) in wait.reason
 
+    def test_a_run_that_was_stopped_before_it_had_a_life_gets_none_when_it_wakes(self) -> None:
+        cluster = Cluster("a", "b")
+        cluster.attach("stopped", "a", "b")
+        stale = [cluster.state(rank) for rank in range(2)]
+        for round_ in ("r2", "r3"):
+            cluster.pass_time(cluster.settings.lease_s)
+            grant = cluster.start("a", "b", round_=round_)
+        for name, state in zip("ab", stale, strict=True):
+            cluster.say(name, RankReport(state))
+        answers = cluster.say("a", AskResumeFor(JOB, "stopped", ()))
+        assert [a for a in answers if isinstance(a, ResumeWaits) and a.final]
+        job = cluster.coordinator.jobs[JOB]
+        assert (job.life, job.round, job.pending) == (grant.life, "r3", None)
+
     def test_messages_of_an_old_life_are_ignored(self) -> None:
         cluster = trained("a", "b")
         cluster.protect(cluster.tickets("a")[0])

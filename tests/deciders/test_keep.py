@@ -133,6 +133,16 @@ class TestKeep:
         assert protected(cluster) == made[1:]
         assert {id for m in cluster.told("a", Commit) for id in m.retire} == {made[0]}
 
+    def test_a_new_coordinator_keeps_the_newest_though_a_segment_of_it_is_lost(self) -> None:
+        cluster, made = training(2, snapshots=2)
+        older, newest = made
+        held = cluster.nodes["d"].holdings[newest]
+        cluster.nodes["d"].holdings[newest] = msgspec.structs.replace(held, extents=())
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        assert {older, newest} <= set(cluster.coordinator.jobs[JOB].snapshots)
+        assert not any(newest in (drop.id,) for drop in cluster.told("a", Drop))  # type: ignore[attr-defined]
+
     def test_ranks_that_differ_are_told_so_and_get_no_life(self) -> None:
         cluster = Cluster("a", "b")
         cluster.pass_time(cluster.settings.lease_s)

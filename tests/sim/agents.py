@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 from ckptd.agent import events as ev
 from ckptd.agent.lifecycle import Identity, Lifecycle
 from ckptd.ids import SnapshotId
+from ckptd.wire import Grant
 
-from .control import Connection
+from .control import Connection, CoordinatorProcess
 from .disk import Disk, File, State, check_segment
+from .offices import Obedience
 from .transfers import EncodeRun, Fetching
 
 if TYPE_CHECKING:
     from .plan import Range
-    from .trainers import Local
+    from .processes import Local
     from .world import World
 
 _LIMIT_BYTES = 1 << 20
@@ -29,6 +31,9 @@ class Machine:
         self.cut = False
         """It does not reach the coordinator."""
         self.agent: Agent | None = None
+        self.routed: CoordinatorProcess | None = None
+        """The coordinator that it is led to, if not to the one in office."""
+        self.obedience = Obedience(name)
         self.processes: list[Local] = []
         """Trainers and launchers that run on it."""
         self.starts = 0
@@ -65,6 +70,7 @@ class Machine:
         self.world.story.tell(self.name, "is rebooted: its memory is empty")
         self.generation += 1
         self.disk = Disk(f"{self.name}/{self.generation}")
+        self.obedience = Obedience(self.name)
         for process in list(self.processes):
             process.vanish()
         self.world.clock.later((0.2, 2.0), self.start_agent)
@@ -117,7 +123,7 @@ class Agent:
             coordinator="tcp://coordinator:1",
         )
         self.lifecycle: Lifecycle = self.world.lifecycle_kind(identity, adopted, self.clock.now)
-        self.connection = Connection(self.world, self)
+        self.connection = Connection(self.world, self, self.world.coordinator)
         self.connection.open = False
         self.world.story.tell(name, "agent starts with", *self.disk.files)
         self._tick()
@@ -125,7 +131,6 @@ class Agent:
     def die(self) -> None:
         self.dead = True
         self.connection.open = False
-        self.world.connections.pop(self.connection.peer, None)
         for process in self.locals.values():
             process.agent_gone()
 
@@ -137,11 +142,11 @@ class Agent:
     def _connect(self) -> None:
         if self.dead or self.machine.cut or self.connection.open:
             return
-        if self.world.coordinator.decider is None:
+        office = self.world.coordinator_for(self.machine)
+        if office.decider is None:
             self.connect((0.1, 0.5))
             return
-        self.connection = Connection(self.world, self)
-        self.world.connections[self.connection.peer] = self.connection
+        self.connection = Connection(self.world, self, office)
         self.feed(ev.Connected())
 
     def break_connection(self, noticed_s: "Range") -> None:
@@ -175,7 +180,15 @@ class Agent:
             self.world.story.tell(self.machine.name, "<", event)
         actions = self.lifecycle.handle(event, self.clock.now)
         self.lifecycle.check_invariants()
+        if isinstance(event, ev.FromCoordinator):
+            self._obey(event, actions)
         self._carry_out(actions)
+
+    def _obey(self, event: ev.FromCoordinator, actions: list[ev.Action]) -> None:
+        obedience = self.machine.obedience
+        obedience.check(event, actions)
+        if obedience.obeys(event) and isinstance(event.message, Grant):
+            self.world.truth.granted_to(event.message)
 
     def in_background(self, range_s: "Range", work: Callable[..., None], *args: Any) -> None:
         """Work that ends with the process, and waits while it is stopped."""
@@ -228,6 +241,10 @@ class Agent:
                 process = self.locals.get(conn)
                 if process is not None:
                     process.told(message)
+            case ev.KeepTerm(kept):
+                self.disk.term = kept
+            case ev.KeepEntries(entries):
+                self.disk.log.merge(entries)
             case ev.KeepRecord(record):
                 self.disk.records[record.job] = record
             case ev.KeepManifest(manifest):

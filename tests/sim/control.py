@@ -9,8 +9,13 @@ overtake one another.
 from typing import TYPE_CHECKING, Any
 
 from ckptd.agent import events as ev
+from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send
-from ckptd.wire import AgentMessage, Beat, CoordinatorMessage, Decoder, Grant, encode
+from ckptd.journal import Entry
+from ckptd.wire import AgentMessage, Beat, ClientOrder, Decoder, Hello, Order, Outdated, encode
+
+from .kernel import Violation
+from .offices import Hearsay
 
 if TYPE_CHECKING:
     from .agents import Agent
@@ -19,14 +24,18 @@ if TYPE_CHECKING:
 _ENCODED_EVERY = 16  # messages; to see that what is sent can be sent
 
 _reports: Decoder[AgentMessage] = Decoder(AgentMessage)
-_orders: Decoder[CoordinatorMessage] = Decoder(CoordinatorMessage)
+_orders: Decoder[Order] = Decoder(Order)
+
+Said = tuple[AgentMessage, tuple[Entry, ...]]
+"""A report, and with a Hello what its node was told to keep of the log."""
 
 
 class Connection:
     """One connection of an agent to a coordinator."""
 
-    def __init__(self, world: "World", agent: "Agent") -> None:
-        self._world, self._agent = world, agent
+    def __init__(self, world: "World", agent: "Agent", office: "CoordinatorProcess") -> None:
+        self._world, self._agent, self.office = world, agent, office
+        office.connections[agent.lifecycle.identity.incarnation.encode()] = self
         self.peer = agent.lifecycle.identity.incarnation.encode()
         self.open = True
         self.muted = False
@@ -41,13 +50,19 @@ class Connection:
         if self.muted:
             self._held.append(message)
             return
-        self._up_at = self._carry(self._up_at, self._arrive_up, self._coded(message, _reports))
+        told = self._agent.machine.obedience.entries if isinstance(message, Hello) else ()
+        report = self._coded(message, _reports)
+        self._up_at = self._carry(self._up_at, self._arrive_up, (report, told))
 
-    def down(self, message: CoordinatorMessage) -> None:
+    def down(self, order: Order) -> None:
         if self.open:
             self._down_at = self._carry(
-                self._down_at, self._arrive_down, self._coded(message, _orders)
+                self._down_at, self._arrive_down, self._coded(order, _orders)
             )
+
+    def close(self) -> None:
+        if self.open:
+            self._agent.break_connection((0.0, 0.3))
 
     def unmute(self) -> None:
         self.muted = False
@@ -67,15 +82,13 @@ class Connection:
             clock.at(at, arrive, message)
         return at
 
-    def _arrive_up(self, message: AgentMessage) -> None:
+    def _arrive_up(self, said: Said) -> None:
         if self.open:
-            self._world.coordinator.receive(self.peer, message)
+            self.office.receive(self.peer, said)
 
-    def _arrive_down(self, message: CoordinatorMessage) -> None:
+    def _arrive_down(self, order: Order) -> None:
         if self.open:
-            if isinstance(message, Grant):
-                self._world.truth.granted_to(message)
-            self._agent.feed(ev.FromCoordinator(message))
+            self._agent.feed(ev.FromCoordinator(order.message, order.term, order.coordinator))
 
     def _coded(self, message: Any, decoder: "Decoder[Any]") -> Any:
         self._count += 1
@@ -85,58 +98,100 @@ class Connection:
 class CoordinatorProcess:
     """The real decider, a clock, and an inbox for while it is stopped."""
 
-    def __init__(self, world: "World", kind: type[Coordinator] = Coordinator) -> None:
+    def __init__(
+        self, world: "World", kind: type[Coordinator], address: str, take_over: bool = False
+    ) -> None:
         self._world, self._kind = world, kind
+        self._address, self._take_over = address, take_over
         self.decider: Coordinator | None = None
-        self.number = 0
-        """Counts the coordinators that there have been."""
+        self.connections: dict[bytes, Connection] = {}
+        self.name = ""
+        self.was_in_office = False
+        """Another has taken over from it."""
+        self.hearsay = Hearsay()
         self._asleep = False
-        self._inbox: list[tuple[bytes, AgentMessage]] = []
+        self._inbox: list[tuple[bytes, Said]] = []
         self.start()
         self._tick()
 
     def start(self) -> None:
-        self.number += 1
-        self.decider = self._kind(self._world.plan.settings, self._world.clock.now)
-        self._world.story.tell("coordinator", f"number {self.number} starts")
+        if self.decider is not None:
+            return
+        self.name = self._world.name_coordinator()
+        claim = Claim(self.name, self._address, self._take_over)
+        self._take_over, self.hearsay = False, Hearsay()
+        self.decider = self._kind(self._world.plan.settings, self._world.clock.now, claim)
+        self._tell("starts at", self._address)
 
     def kill(self) -> None:
         """Connections break; what was on its way is lost."""
-        self._world.story.tell("coordinator", "dies")
+        if self.decider is None:
+            return
+        self._tell("dies")
         self.decider, self._asleep = None, False
         self._inbox.clear()
+        connections, self.connections = list(self.connections.values()), {}
+        for connection in connections:
+            connection.close()
+
+    def _end(self, reason: str) -> None:
+        """It gives way to another; who started it does so again, where it should be in office."""
+        self._tell("ends:", reason)
+        self._world.count("coordinator gave way")
+        self.kill()
+        if self is self._world.coordinator:
+            self._world.clock.later((0.2, 1.0), self.start)
 
     def stop(self) -> None:
         """As SIGSTOP does; messages wait for it."""
-        self._world.story.tell("coordinator", "is stopped")
+        self._tell("is stopped")
         self._asleep = True
 
     def wake(self) -> None:
         if not self._asleep or self.decider is None:
             return
-        self._world.story.tell("coordinator", f"wakes, with {len(self._inbox)} messages")
+        self._tell(f"wakes, with {len(self._inbox)} messages")
         self._asleep = False
         if self._world.clock.random.random() < 0.5:
             self._carry_out(self.decider.tick(self._world.clock.now))
         inbox, self._inbox = self._inbox, []
-        for peer, message in inbox:
-            self.receive(peer, message)
+        for peer, said in inbox:
+            self.receive(peer, said)
 
     @property
     def at_work(self) -> bool:
         return self.decider is not None and not self._asleep
 
-    def receive(self, peer: bytes, message: AgentMessage) -> None:
+    @property
+    def in_office(self) -> bool:
+        """Whether no agent obeys a later one, so that its decisions count."""
+        machines = self._world.machines.values()
+        terms = [machine.obedience.term for machine in machines if machine.alive]
+        return self.decider is not None and self.decider.term >= max(terms, default=0)
+
+    def receive(self, peer: bytes, said: Said) -> None:
         if self.decider is None:
             return
         if self._asleep:
-            self._inbox.append((peer, message))
+            self._inbox.append((peer, said))
             return
+        message, entries = said
         if not isinstance(message, Beat):
-            self._world.story.tell("coordinator", "<", peer.decode(), message)
+            self._tell("<", peer.decode(), message)
+        if isinstance(message, Hello | Outdated):
+            self.hearsay.hear(message, entries, self.decider)
         sends = self.decider.handle(peer, message, self._world.clock.now)
-        self._world.truth.coordinator_learnt(message)
+        if self.in_office:
+            self._world.truth.coordinator_learnt(self, message)
         self._carry_out(sends)
+
+    def obey(self, order: ClientOrder) -> str:
+        """What somebody asks for with the CLI; returns "" or the reason why not."""
+        assert self.decider is not None
+        refusal = self.decider.obey(order, self._world.clock.now)
+        self._tell("is asked for", order, refusal and f"and refuses: {refusal}")
+        self._carry_out(self.decider.take_actions())
+        return refusal
 
     def _tick(self) -> None:
         if self.decider is not None and not self._asleep:
@@ -144,13 +199,26 @@ class CoordinatorProcess:
         self._world.clock.later((0.1, 0.2), self._tick)
 
     def _carry_out(self, sends: list[Send]) -> None:
-        assert self.decider is not None
-        self.decider.check_invariants()
-        while self.decider.news:
-            self._world.story.tell("coordinator", "event:", self.decider.news.popleft().text)
+        decider = self.decider
+        assert decider is not None
+        decider.check_invariants()
+        while decider.news:
+            self._tell("event:", decider.news.popleft().text)
+        if sends and self is not self._world.coordinator and self.hearsay.rival:
+            self._must_be_silent(decider)
         for send in sends:
-            self._world.truth.coordinator_says(send)
-            self._world.story.tell("coordinator", ">", send.peer.decode(), send.message)
-            connection = self._world.connections.get(send.peer)
+            if self.in_office:
+                self._world.truth.coordinator_says(self, send)
+            self._tell(">", send.peer.decode(), send.message)
+            connection = self.connections.get(send.peer)
             if connection is not None:
-                connection.down(send.message)
+                connection.down(Order(decider.term, decider.claim.coordinator, send.message))
+        if decider.ended:
+            self._end(decider.ended)
+
+    def _must_be_silent(self, decider: Coordinator) -> None:
+        if not decider.claim.take_over and not self.was_in_office:
+            raise Violation(f"{self.name} gives orders, though {self.hearsay.rival} is alive")
+
+    def _tell(self, *what: Any) -> None:
+        self._world.story.tell(self.name, *what)

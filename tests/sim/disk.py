@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from ckptd.agent.events import Adopted
 from ckptd.ids import SnapshotId
+from ckptd.journal import Journal
 from ckptd.manifest import JobManifest, JobRecord
 from ckptd.segment import ParitySidecar, Sidecar
+from ckptd.terms import KeptTerm
 
 SIZE_BYTES = 12
 CELL_BYTES = 4
@@ -69,6 +71,8 @@ class Disk:
     manifests: dict[SnapshotId, JobManifest] = field(default_factory=dict)
     node_manifests: dict[tuple[SnapshotId, str], dict[int, State]] = field(default_factory=dict)
     records: dict[str, JobRecord] = field(default_factory=dict)
+    term: KeptTerm | None = None
+    log: Journal = field(default_factory=Journal)
     spoilt: int = 0
     """How often something in it had to be given up."""
 
@@ -140,6 +144,8 @@ class Disk:
             tuple(self.manifests.values()),
             tuple(self.records.values()),
             tuple(problems),
+            self.term,
+            self.log.entries,
         )
 
 

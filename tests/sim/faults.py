@@ -10,7 +10,8 @@ from ckptd.ids import SnapshotId
 
 from .agents import Agent, Machine
 from .disk import Damaged
-from .trainers import SpareLauncher, TrainingJob
+from .processes import SpareLauncher
+from .runs import TrainingJob
 
 if TYPE_CHECKING:
     from .world import World
@@ -183,9 +184,6 @@ class Faults:
         if coordinator.decider is None:
             return False
         coordinator.kill()
-        for machine in self._world.machines.values():
-            if machine.alive and machine.agent is not None:
-                machine.agent.break_connection((0.0, 0.3))
         self._clock.at(self._uniform(0.05, 2.0), coordinator.start)
         return True
 
@@ -196,6 +194,54 @@ class Faults:
         lease_s = self._world.plan.settings.lease_s
         self._clock.at(self._uniform(0.1, 2 * lease_s), self._world.coordinator.wake)
         return True
+
+    def replace_coordinator(self) -> bool:
+        """One that is stopped is replaced by hand, and wakes up later."""
+        world, old = self._world, self._world.coordinator
+        if not old.at_work or any(other.decider is not None for other in world.others):
+            return False
+        old.stop()
+        old.was_in_office = True
+        world.coordinator = world.add_coordinator(take_over=True)
+        world.others.append(old)
+        machines = [machine for machine in world.machines.values() if machine.alive]
+        for machine in machines:
+            machine.routed = old
+            self._clock.at(self._uniform(0.0, 2.0), world.lead, machine, None)
+        lease_s = world.plan.settings.lease_s
+        self._clock.at(self._uniform(0.1, lease_s), old.wake)
+        for machine in self._some(machines):  # led astray again
+            self._clock.at(self._uniform(2.0, 4.0), world.lead, machine, old)
+            self._clock.at(self._uniform(4.0, 6.0), world.lead, machine, None)
+        self._clock.at(self._uniform(6.0, 7.0), old.kill)
+        return True
+
+    def rival_coordinator(self) -> bool:
+        """The network is parted, and somebody starts a second coordinator on the other side."""
+        world = self._world
+        if not world.coordinator.at_work or any(o.decider is not None for o in world.others):
+            return False
+        rival = world.add_coordinator()
+        world.others.append(rival)
+        side = self._some([machine for machine in world.machines.values() if machine.alive])
+        until = self._uniform(0.2, 0.9 * world.plan.settings.lease_s)
+        for machine in side:
+            world.lead(machine, rival)
+            self._clock.at(until, world.lead, machine, None)
+        self._clock.at(until, rival.kill)
+        return True
+
+    def _some(self, machines: list[Machine]) -> list[Machine]:
+        return self._random.sample(machines, self._random.randint(1, len(machines)))
+
+    # People.
+
+    def roll_back(self) -> bool:
+        job = self._job()
+        return job is not None and self._world.people.roll_back(job)
+
+    def isolate(self) -> bool:
+        return self._world.people.isolate(self._machine())
 
     # Bytes.
 

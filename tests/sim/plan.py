@@ -27,6 +27,10 @@ FAULTS = (
     "flip_bit",
     "lose_file",
     "restart_job",
+    "replace_coordinator",
+    "rival_coordinator",
+    "roll_back",
+    "isolate",
 )
 
 _CODES = [(2, 1), (3, 1), (6, 2), (4, None), (8, None), (4, 2), (3, None)]
@@ -44,6 +48,8 @@ class Plan:
     spares: int = 1
     """Spare nodes of each job."""
     slots: int = 2
+    keep: int = 1
+    """How many protected snapshots of a job are kept."""
     every: int = 1
     shared_nodes: bool = False
     """Whether the jobs run on the same nodes."""
@@ -98,12 +104,14 @@ def draw(seed: int) -> Plan:
     delay_s = rng.choice([0.005, 0.02, 0.1])
     work_s = rng.choice([0.05, 0.3, 1.0])
     chosen = [name for name in FAULTS if rng.random() < rng.choice([0.2, 0.6])]
+    keep = rng.choice([1, 1, 2])
     return Plan(
         seed,
         jobs=jobs,
         ranks_per_node=rng.choice([1, 1, 2]) if sum(jobs) <= 6 else 1,
         spares=rng.choice([0, 1, 2]),
-        slots=rng.choice([2, 2, 2, 3]),
+        slots=max(keep + 1, rng.choice([2, 2, 2, 3])),
+        keep=keep,
         every=rng.choice([1, 1, 3]),
         shared_nodes=rng.random() < 0.3,
         shared_state=sum(jobs) <= 6 and rng.random() < 0.3,

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ckptd.agent.lifecycle import Use
-from ckptd.coordinator.decider import Send
+from ckptd.coordinator.decider import Coordinator, Send
 from ckptd.coordinator.state import State as Phase
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest
@@ -15,7 +15,9 @@ from .kernel import Violation
 
 if TYPE_CHECKING:
     from .agents import Machine
-    from .trainers import Run, Trainer
+    from .control import CoordinatorProcess
+    from .runs import Run
+    from .trainers import Trainer
     from .world import World
 
 MOST_SLOTS_EXTRA = 3
@@ -33,7 +35,13 @@ class Truth:
         self.sealed: dict[str, set[SnapshotId]] = {}
         """Snapshots of each job that a coordinator has seen sealed by all ranks."""
         self.commits: dict[str, int] = {}
+        self._safe: dict[str, set[SnapshotId]] = {}
+        """Of each job, what was committed as protected, and is not retired."""
+        self.trained: dict[str, int] = {}
+        """The newest life of each job whose ranks have all loaded."""
         self._encoded: set[tuple[SnapshotId, str]] = set()
+        self._given_up: dict[str, list[tuple[SnapshotId, int]]] = {}
+        """Of each job: a snapshot to which it went back, and the life that began there."""
         self._complete: dict[str, set[SnapshotId]] = {}
         """Snapshots of each job that all nodes have encoded, committed or not."""
         self._captured: set[tuple[SnapshotId, int]] = set()
@@ -44,6 +52,10 @@ class Truth:
         """(job, life, step) to the course of training until then."""
 
     # Training.
+
+    def is_granted(self, grant: Grant) -> bool:
+        """Whether some agent has heard of this life."""
+        return (grant.job, grant.life) in self._lives
 
     def granted(self, run: "Run", grant: Granted) -> None:
         """Rank 0 has its life."""
@@ -58,6 +70,9 @@ class Truth:
         paths = {trainer.memory.path for trainer in run.trainers if trainer.memory is not None}
         if len(paths) != 1:
             raise Violation(f"{run.job.name} {run.round}: ranks resume from {sorted(paths)}")
+        job = run.job.name
+        self.trained[job] = max(run.life, self.trained.get(job, 0))
+        self._world.people.trains(job, run.life)
         return paths.pop()
 
     def step(self, run: "Run") -> str:
@@ -93,7 +108,7 @@ class Truth:
 
     # The coordinator.
 
-    def coordinator_learnt(self, message: AgentMessage) -> None:
+    def coordinator_learnt(self, office: "CoordinatorProcess", message: AgentMessage) -> None:
         """Note which snapshots it knows to be sealed by all."""
         match message:
             case Holds(holding):
@@ -102,7 +117,7 @@ class Truth:
                 names = {holding.id.job for holding in message.holdings}
             case _:
                 return
-        decider = self._world.coordinator.decider
+        decider = office.decider
         assert decider is not None
         for name in names & decider.jobs.keys():
             for id, snapshot in decider.jobs[name].snapshots.items():
@@ -116,12 +131,14 @@ class Truth:
         if lacking:
             raise Violation(f"{id} counts as sealed, and ranks {lacking} never captured it")
 
-    def coordinator_says(self, send: Send) -> None:
+    def coordinator_says(self, office: "CoordinatorProcess", send: Send) -> None:
+        assert office.decider is not None
         match send.message:
             case Grant() as grant:
-                self._grants(grant)
+                self._grants(office, grant)
+                self._world.people.check(office, grant)
             case Commit(id, retire):
-                self._commits(id, retire)
+                self._commits(office.decider, id, retire)
             case Record(record):
                 if (record.job, record.life) in self._lives:
                     _, start = self._lives[record.job, record.life]
@@ -132,11 +149,13 @@ class Truth:
     def granted_to(self, grant: Grant) -> None:
         """An agent has heard of a life: from now on there is no other of that number."""
         answer = (grant.round, grant.id)
+        if (grant.job, grant.life) not in self._lives:
+            self._went_back(grant)
         known = self._lives.setdefault((grant.job, grant.life), answer)
         if known != answer:
             raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
 
-    def _grants(self, grant: Grant) -> None:
+    def _grants(self, office: "CoordinatorProcess", grant: Grant) -> None:
         if (grant.job, grant.life) in self._lives:
             return  # said again
         if any(job == grant.job and life > grant.life for job, life in self._lives):
@@ -145,6 +164,8 @@ class Truth:
             raise Violation(
                 f"{grant.job} starts from nothing, though {max(self.sealed[grant.job])} was sealed"
             )
+        if self._world.people.wish(office, grant) is not None:
+            return  # somebody chose
         promise = self.promises.get(grant.job)
         run = self._world.jobs[grant.job].run
         if promise is None or (run is not None and promise in run.rejected):
@@ -152,12 +173,13 @@ class Truth:
         if grant.id is None or grant.id < promise:
             raise Violation(f"{grant.id} is granted, though {promise} was protected")
 
-    def _commits(self, id: SnapshotId, retire: tuple[SnapshotId, ...]) -> None:
-        decider = self._world.coordinator.decider
-        assert decider is not None
+    def _commits(
+        self, decider: Coordinator, id: SnapshotId, retire: tuple[SnapshotId, ...]
+    ) -> None:
         for other in retire:
-            if not self._is_ancestor(other, id):
+            if not self._is_ancestor(other, id) and not self.given_up(other):
                 raise Violation(f"{id} retires {other}, which is none of its ancestors")
+        self._must_keep(decider, id.job, set(retire))
         job = decider.jobs.get(id.job)
         snapshot = job.snapshots.get(id) if job is not None else None
         manifest = snapshot.manifest if snapshot is not None else None
@@ -168,7 +190,8 @@ class Truth:
         if snapshot.state is not Phase.PROTECTED and not alone and not complete:
             # Permission to free what it replaces, though it was never protected.
             promise = self.promises.get(id.job)
-            if promise is not None and id > promise and self._as_safe(id, promise):
+            newer = promise is not None and id > promise and not self.given_up(id)
+            if promise is not None and newer and self._as_safe(id, promise):
                 self.promises[id.job] = id
             return
         lacking = [
@@ -181,11 +204,28 @@ class Truth:
         if lacking and not complete:  # else a newcomer has taken the place of one that had
             raise Violation(f"{id} was committed, and {', '.join(lacking)} never encoded it")
         promise = self.promises.get(id.job)
-        if promise is None or id > promise:
+        if (promise is None or id > promise) and not self.given_up(id):
             if not self.restorable(id):
                 return  # what was reported is gone again; nothing is freed for it by the agents
             self.promises[id.job] = id
+            self._safe.setdefault(id.job, set()).add(id)
             self.commits[id.job] = self.commits.get(id.job, 0) + 1
+
+    def _must_keep(self, decider: Coordinator, job: str, retire: set[SnapshotId]) -> None:
+        """As many as the job keeps are left, if all that hold them have been heard."""
+        safe = self._safe.get(job, set())
+        if self._world.plan.keep == 1 or not safe & retire:
+            return
+        safe -= retire
+        on_purpose = any(event.kind == "kept_fewer" for event in list(decider.events)[-3:])
+        heard = {name for name, node in decider.nodes.items() if node.live}
+        there = {name for name, machine in self._world.machines.items() if machine.alive}
+        if on_purpose or there - heard:
+            return
+        left = [id for id in safe if self.restorable(id) and not self.given_up(id)]
+        # The one that is committed now is not among them yet.
+        if len(left) + 1 < self._world.plan.keep:
+            raise Violation(f"{job} keeps {self._world.plan.keep}, and {retire} are retired")
 
     def _as_safe(self, id: SnapshotId, as_: SnapshotId) -> bool:
         """Whether a snapshot is there, and survives any one node if another does."""
@@ -206,6 +246,23 @@ class Truth:
             of = start
         return id.life == of.life and id.step < of.step
 
+    def _went_back(self, grant: Grant) -> None:
+        """Somebody chose where this life begins: what is newer is given up."""
+        wish = self._world.people.fulfils(grant)
+        if wish is not None:
+            self._given_up.setdefault(grant.job, []).append((wish, grant.life))
+            self.promises[grant.job] = wish
+            self._complete[grant.job] = {i for i in self._complete.get(grant.job, ()) if i <= wish}
+
+    def given_up(self, id: SnapshotId) -> bool:
+        """Whether somebody had the job go back past it, and it never came there again."""
+        lives = [life for job, life in self._lives if job == id.job]
+        start = self._lives[id.job, max(lives)][1] if lives else None
+        on_path = start is not None and (id == start or self._is_ancestor(id, start))
+        return not on_path and any(
+            id.life < before and id > wish for wish, before in self._given_up.get(id.job, ())
+        )
+
     # Memory.
 
     def encoded(self, id: SnapshotId, node: str, manifest: JobManifest) -> None:
@@ -217,6 +274,8 @@ class Truth:
 
     def freed(self, id: SnapshotId) -> None:
         """An agent has destroyed something of a snapshot."""
+        if id in self._world.people.wanted(id.job) and not self.restorable(id):
+            raise Violation(f"{id}, to which somebody wants to go back, was freed")
         promise = self.promises.get(id.job)
         if promise is not None:
             if promise == id and not self.restorable(id):
@@ -250,6 +309,7 @@ class Truth:
         if promise is None:
             return []
         ids = {promise, *(id for id in self._complete.get(job, ()) if id > promise)}
+        ids.update(self._world.people.wanted(job))
         return [id for id in sorted(ids) if self.restorable(id)]
 
     # At all times, and at the end.

@@ -8,11 +8,13 @@ from ckptd.agent.lifecycle import Lifecycle
 from ckptd.coordinator.decider import Coordinator
 
 from .agents import Machine
-from .control import Connection, CoordinatorProcess
+from .control import CoordinatorProcess
 from .faults import Faults
 from .kernel import START_S, Clock, Story, Violation
+from .people import People
 from .plan import Plan
-from .trainers import SpareLauncher, TrainingJob
+from .processes import SpareLauncher
+from .runs import TrainingJob
 from .truth import Truth
 
 _COMMITS_AT_THE_END = 3
@@ -37,13 +39,17 @@ class World:
         self.counts: Counter[str] = Counter()
         self.faults_on = True
         self.machines: dict[str, Machine] = {}
-        self.connections: dict[bytes, Connection] = {}
         self.parted: set[frozenset[str]] = set()
         """Pairs of nodes that do not reach each other."""
         self.jobs: dict[str, TrainingJob] = {}
         self.truth = Truth(self)
         self._names = itertools.count()
-        self.coordinator = CoordinatorProcess(self, coordinator_kind)
+        self._coordinator_kind = coordinator_kind
+        self._coordinators = itertools.count(1)
+        self.coordinator = self.add_coordinator()
+        self.others: list[CoordinatorProcess] = []
+        """Coordinators beside the one in office, of which no more than agents say is known."""
+        self.people = People(self)
         self._populate()
         Faults(self)
 
@@ -63,6 +69,27 @@ class World:
         machine = Machine(self, name or f"n{next(self._names)}", generation)
         self.machines[machine.name] = machine
         return machine
+
+    def name_coordinator(self) -> str:
+        return f"c{next(self._coordinators)}"
+
+    def add_coordinator(self, take_over: bool = False) -> CoordinatorProcess:
+        """A coordinator at an address of its own."""
+        address = f"tcp://host{next(self._names)}:1"
+        return CoordinatorProcess(self, self._coordinator_kind, address, take_over)
+
+    def coordinator_for(self, machine: Machine) -> CoordinatorProcess:
+        """The one to which it is led."""
+        led = machine.routed
+        return led if led is not None and led.decider is not None else self.coordinator
+
+    def lead(self, machine: Machine, to: CoordinatorProcess | None) -> None:
+        """From now on to this coordinator (None: to the one in office)."""
+        machine.routed = to
+        agent = machine.agent
+        office = self.coordinator_for(machine)
+        if agent is not None and agent.connection.open and agent.connection.office is not office:
+            agent.break_connection((0.0, 0.2))
 
     def count(self, what: str) -> None:
         self.counts[what] += 1
@@ -96,8 +123,12 @@ class World:
         self.faults_on = False
         self.parted.clear()
         self.coordinator.wake()
+        self.people.make_peace()
+        for other in self.others:
+            other.kill()
         for machine in list(self.machines.values()):
             self.heal(machine)
+            self.lead(machine, None)
             if machine.agent is not None:
                 machine.agent.connection.unmute()
                 machine.agent.wake()

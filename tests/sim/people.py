@@ -1,0 +1,139 @@
+"""What people ask of the coordinator: to go back, and to leave a node out; and that it is done."""
+
+from typing import TYPE_CHECKING
+
+from ckptd.coordinator import keeping
+from ckptd.ids import SnapshotId
+from ckptd.journal import Rollback
+from ckptd.wire import Grant, IsolateNode, RollBack
+
+from .kernel import Violation
+
+if TYPE_CHECKING:
+    from .agents import Machine
+    from .control import CoordinatorProcess
+    from .runs import TrainingJob
+    from .world import World
+
+_AGAIN_S = (0.5, 1.5)
+
+
+class People:
+    """They give orders, and look whether they were heard."""
+
+    def __init__(self, world: "World") -> None:
+        self._world, self._random = world, world.fault_random
+        self._asked: dict[str, Rollback] = {}
+        """Where a job is to go back to, as long as it has not."""
+        self._readmitted: set[str] = set()
+        self.left_out: set[str] = set()
+        """Nodes on which no launcher starts ranks."""
+        self._fulfilled: dict[tuple[str, int], SnapshotId] = {}
+        """(job, life) to the snapshot that somebody chose for it."""
+
+    # Going back.
+
+    def roll_back(self, job: "TrainingJob") -> bool:
+        """To one of the snapshots that there are; most often, the job is started again at once."""
+        office = self._world.coordinator
+        decider = office.decider if office.at_work else None
+        if decider is None or job.name not in decider.jobs or job.run is None:
+            return False
+        able = keeping.choices(decider.jobs[job.name], decider.nodes)
+        able = [id for id in able if self._world.truth.restorable(id)]
+        if not able:
+            return False
+        id = self._random.choice(able)
+        if office.obey(RollBack(job.name, id.step, id.life)):
+            return False
+        entry = decider.journal.rollback(job.name)
+        assert entry is not None
+        self._asked[job.name] = entry
+        if self._random.random() < 0.7:
+            job.restart()
+        return True
+
+    def wanted(self, job: str) -> tuple[SnapshotId, ...]:
+        """What must not be freed, as somebody wants to go back to it."""
+        asked = self._asked.get(job)
+        return (asked.id,) if asked is not None and asked.id is not None else ()
+
+    def wish(self, office: "CoordinatorProcess", grant: Grant) -> SnapshotId | None:
+        """Where this coordinator must know that the life is to begin."""
+        assert office.decider is not None
+        known = office.hearsay.log(office.decider).rollback(grant.job)
+        if known is None or known.after >= grant.life:
+            return None
+        return None if self._world.truth.trained.get(grant.job, 0) > known.after else known.id
+
+    def fulfils(self, grant: Grant) -> SnapshotId | None:
+        """The wish with which the life was granted, once an agent has heard of it."""
+        asked = self._asked.get(grant.job)
+        if asked is not None and asked.id == grant.id and grant.life > asked.after:
+            return asked.id  # of a coordinator that is no longer in office, perhaps
+        return self._fulfilled.get((grant.job, grant.life))
+
+    def trains(self, job: str, life: int) -> None:
+        """The ranks of a life have loaded."""
+        asked = self._asked.get(job)
+        if asked is not None and life > asked.after:
+            del self._asked[job]
+
+    # Leaving nodes out.
+
+    def isolate(self, machine: "Machine") -> bool:
+        """Its launchers hear of it at once, or later; it is readmitted after a while."""
+        office, name = self._world.coordinator, machine.name
+        if not office.at_work or office.obey(IsolateNode(name, True, "it failed twice")):
+            return False
+        clock = self._world.clock
+        self._readmitted.discard(name)
+        if self._random.random() < 0.6:
+            self.left_out.add(name)
+        else:
+            clock.at(clock.now + self._random.uniform(1.0, 5.0), self.left_out.add, name)
+        clock.at(clock.now + self._random.uniform(4.0, 15.0), self.readmit, name)
+        return True
+
+    def readmit(self, name: str) -> None:
+        """Ask for it until it is done."""
+        self.left_out.discard(name)
+        self._readmitted.add(name)
+        self._ask_again(name)
+
+    def _ask_again(self, name: str) -> None:
+        if name not in self._readmitted:
+            return
+        office = self._world.coordinator
+        decider = office.decider if office.at_work else None
+        if decider is not None and decider.journal.is_isolated(name) is not None:
+            office.obey(IsolateNode(name, False, ""))
+        self._world.clock.later(_AGAIN_S, self._ask_again, name)
+
+    def make_peace(self) -> None:
+        """Every node may take part again, and whoever is to go back does so now."""
+        for name in sorted(self._world.machines):
+            if name not in self._readmitted:
+                self.readmit(name)
+        for name in sorted(self._asked):
+            self._world.jobs[name].restart()
+
+    # What must hold.
+
+    def check(self, office: "CoordinatorProcess", grant: Grant) -> None:
+        """A coordinator in office grants a life, for the first time or again."""
+        truth = self._world.truth
+        if truth.is_granted(grant):
+            return
+        wish = self.wish(office, grant)
+        if wish is not None:
+            if grant.id != wish:
+                raise Violation(f"{grant.job} starts from {grant.id}, though {wish} was asked for")
+            self._fulfilled[grant.job, grant.life] = wish
+        elif grant.id is not None and truth.given_up(grant.id):
+            raise Violation(f"{grant.job} falls back to {grant.id}, which was given up")
+        assert office.decider is not None
+        log = office.hearsay.log(office.decider)
+        for name in grant.record.nodes:
+            if log.is_isolated(name) is not None:
+                raise Violation(f"life {grant.life} of {grant.job} has ranks on isolated {name}")
