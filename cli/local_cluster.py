@@ -22,8 +22,9 @@ import psutil
 
 from ckptd.client import ask_status
 from ckptd.config import ENV_AGENT, ENV_COORDINATOR, ENV_KEEP
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, CorruptData
 from ckptd.keys import ClusterKey
+from ckptd.watching import INTRODUCTION_SUFFIX, read_introduction
 
 _MARK = "CKPTD_LOCAL_CLUSTER"
 _PR_SET_PDEATHSIG = 1
@@ -90,6 +91,11 @@ class LocalCluster:
     def close(self) -> None:
         """Kill every process of the cluster, trainers included, and delete its memory."""
         self.kill_all()
+        for path in self.directory.glob(f"*/*.trainers/*{INTRODUCTION_SUFFIX}"):
+            with contextlib.suppress(OSError, CorruptData):  # its agent is dead, too
+                ring = read_introduction(path).ring
+                if ring:
+                    Path(ring).unlink(missing_ok=True)
         shutil.rmtree(self.memory, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -122,7 +122,8 @@ def test_a_stopped_rank_is_named_and_killed_and_the_job_ends_equal(watched):
     here.wait_for_life(2)
     (incident,) = here.incidents()
     assert incident["culprit"] == f"rank {rank} on node n1"
-    assert incident["kind"] == "non-communication hang"
+    # It may have been stopped before it entered a collective, or within: then all have entered.
+    assert incident["kind"] in ("non-communication hang", "communication hang")
     assert incident["doing"][str(rank)] == "stopped"
     assert sorted(incident["folders"]) == here.nodes
     assert all(os.path.isdir(path) for path in incident["folders"].values())
