@@ -313,6 +313,18 @@ class TestTwoAtOnce:
         assert "superseded" in first.decider.ended
         assert place.obeyed() == {(2, "c2")}
 
+    def test_also_one_that_was_stopped_for_longer_than_it_had_run(self, place: Place) -> None:
+        """What it does not count as silence of its nodes, it must count as time for others."""
+        first = place.coordinator("c1", FIRST)
+        first.stopped = True
+        place.pass_time(60.0)
+        place.coordinator("c2", SECOND, take_over=True)
+        place.pass_time(30.0)
+        place.move(first, "b")
+        first.go_on()
+        assert "superseded" in first.decider.ended
+        assert place.obeyed() == {(2, "c2")}
+
     def test_even_one_that_had_taken_over_itself(self, place: Place) -> None:
         first = place.coordinator("c1", FIRST, take_over=True)
         place.pass_time(1.0)
