@@ -160,6 +160,7 @@ class Trainer:
     every: int
     slots: int
     keep: int
+    elastic: bool
     life: int = 0
     answered: bool = False
     step: int = 0
@@ -699,6 +700,7 @@ class Lifecycle:
             message.every,
             message.slots,
             message.keep,
+            message.elastic,
         )
         record = self.records.get(message.job)
         if record is not None and 0 < message.life < record.life:
@@ -1231,6 +1233,7 @@ class Lifecycle:
             step=trainer.step,
             shares=trainer.shares,
             keep=trainer.keep,
+            elastic=trainer.elastic,
         )
 
     def _report_rank(self, trainer: Trainer, now: float) -> None:

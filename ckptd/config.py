@@ -33,6 +33,8 @@ class TrainerConfig:
     """Path of the Unix socket of this node's agent; "" for the embedded one."""
     keep: int = 1
     """How many protected snapshots are kept."""
+    elastic: bool = False
+    """Whether a launcher starts this process anew when it ends: torchrun with restarts."""
 
 
 def trainer_config(
@@ -54,7 +56,8 @@ def trainer_config(
         agent = environ.get(ENV_AGENT)
     if not agent:
         _check_one_machine(environ)
-    return TrainerConfig(check_job_id(found or ""), agent or "", _keep(keep, environ))
+    elastic = environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
+    return TrainerConfig(check_job_id(found or ""), agent or "", _keep(keep, environ), elastic)
 
 
 def _keep(keep: int | None, environ: Mapping[str, str]) -> int:

@@ -35,6 +35,7 @@ class Attach(Message, frozen=True):
     """First message of a trainer. `life` is 0 before `resume()`, and set when it reconnects.
 
     `keep`: how many protected snapshots shall be kept; `slots` has at least one place more.
+    `elastic`: its launcher starts it anew when it ends.
     """
 
     job: JobId
@@ -45,6 +46,7 @@ class Attach(Message, frozen=True):
     slots: int
     life: Count = 0
     keep: Annotated[int, msgspec.Meta(ge=1)] = 1
+    elastic: bool = False
 
 
 class AskResume(Message, frozen=True):
@@ -223,7 +225,8 @@ class Holding(msgspec.Struct, frozen=True):
 class RankState(msgspec.Struct, frozen=True):
     """One attached trainer as its agent sees it.
 
-    `keep` is as in `Attach`. `free_slots` counts slots that no ticket up to `seen_step` has taken.
+    `keep` and `elastic` are as in `Attach`. `free_slots` counts slots that no ticket up to
+    `seen_step` has taken.
     """
 
     job: JobId
@@ -237,6 +240,7 @@ class RankState(msgspec.Struct, frozen=True):
     step: Count
     shares: tuple[Share, ...] = ()
     keep: Annotated[int, msgspec.Meta(ge=1)] = 1
+    elastic: bool = False
 
 
 class Hello(Message, frozen=True):

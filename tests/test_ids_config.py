@@ -188,3 +188,9 @@ class TestKeys:
         with pytest.raises(ConfigError, match=r"--listen .*no cluster key; .*ckptd keygen FILE"):
             check_bind(host, ClusterKey(), "--listen")
         check_bind(host, ClusterKey(bytes(32)), "--listen")
+
+
+@pytest.mark.parametrize(("restarts", "elastic"), [(None, False), ("0", False), ("3", True)])
+def test_whether_a_launcher_starts_a_trainer_anew(restarts: str | None, elastic: bool) -> None:
+    environ = {} if restarts is None else {"TORCHELASTIC_MAX_RESTARTS": restarts}
+    assert trainer_config("mine", "/run/agent", environ).elastic is elastic

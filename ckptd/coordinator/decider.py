@@ -715,7 +715,8 @@ class Coordinator:
         step = max((state.step for state in states), default=0)
         trains = whole and not job.left and not job.finished
         step_s = job.pacer.step_s or 0.0
-        return Life(job.name, job.life, dict(job.members), step, step_s, trains)
+        elastic = bool(states) and all(state.elastic for state in states)
+        return Life(job.name, job.life, dict(job.members), step, step_s, trains, elastic)
 
     def _restarts_of(self, job: str) -> Restarts | None:
         bodies = [entry.body for entry in self.journal.entries]

@@ -288,6 +288,7 @@ class Checkpointer:
             self._every,
             self._slots,
             keep=self._config.keep,
+            elastic=self._config.elastic,
         )
         failure: CkptdError | None = None
         try:

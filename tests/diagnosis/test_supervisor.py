@@ -58,6 +58,7 @@ class Job:
         settings = DiagnosisSettings(self.policy, Thresholds(window_min_s=0.5))
         self.all = Supervisors(settings, lambda: 1, self._restarts)
         self.all.wall_s = WALL_S
+        self.elastic = True
         self._begin()
 
     def _restarts(self, job: str) -> Restarts | None:
@@ -95,7 +96,7 @@ class Job:
 
     def tick(self, attached: bool = True) -> None:
         members = {0: "n0", 1: "n1"}
-        life = Life(JOB, self.life, members, self.step, STEP_S, attached)
+        life = Life(JOB, self.life, members, self.step, STEP_S, attached, self.elastic)
         self.all.tick([life] if self.life else [], self.now)
         for action in self.all.take_actions():
             if isinstance(action, Note):
@@ -224,6 +225,14 @@ def test_a_job_without_a_checkpointer_is_not_restarted() -> None:
     job.run(40, hung=True)
     assert job.ordered(KillWorkers) == []
     assert "begin from nothing" in job.notes[-1].text
+
+
+def test_what_nothing_would_start_again_is_not_killed(job: Job) -> None:
+    job.elastic = False
+    job.run(40, hung=True)
+    assert job.ordered(KillWorkers) == []
+    assert "ckptd run" in job.notes[-1].text
+    assert len(job.kept(Incident)) == 1
 
 
 def test_the_same_fault_at_the_same_step_stops_restarts_for_later_coordinators_too(

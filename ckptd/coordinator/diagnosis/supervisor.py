@@ -84,6 +84,8 @@ class Life:
     """How long a step takes; 0: not known."""
     trains: bool
     """All ranks have loaded, and are there."""
+    elastic: bool
+    """Its launcher starts it anew when it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ class Supervisor:
 
     def __init__(self, job: str, parent: "Supervisors") -> None:
         self.job, self._parent = job, parent
-        self.life = Life(job, 0, {}, 0, 0.0, True)
+        self.life = Life(job, 0, {}, 0, 0.0, True, False)
         self.detector = Detector(parent.settings.thresholds)
         self.case: _Case | None = None
         self.slow: dict[int, IncidentRecord] = {}
@@ -352,13 +354,18 @@ class Supervisor:
         wall = now + self._parent.wall_s
         record.say(wall, f"evidence collected on {len(record.folders)} nodes")
         policy = self.policy
-        if self.life.number:
-            decision = policy.decide(case.finding, case.judgement, self.life.step, wall)
-        else:
+        if not self.life.number:
+            decision = Decision(
+                Do.OBSERVE, "the job has no Checkpointer: a restart would begin from nothing"
+            )
+        elif not self.life.elastic:
             decision = Decision(
                 Do.OBSERVE,
-                "the job has no Checkpointer: a restart would begin from nothing",
+                "nothing would start its processes again: start it with `ckptd run`, or with "
+                "torchrun and --max-restarts",
             )
+        else:
+            decision = policy.decide(case.finding, case.judgement, self.life.step, wall)
         case.decided = decision
         record.decision, record.reason = decision.do.value, decision.reason
         record.say(wall, f"decision: {decision.do.value}: {decision.reason}")

@@ -76,6 +76,8 @@ class WitnessLimits:
     use less."""
     stuck_s: float = 1.0
     """A process must be at the same place for so long, from first sample to last."""
+    still_s: float = 10.0
+    """A process that is not stopped may wait for storage: it is given so long before it hangs."""
     transfer_s: float = 10.0
     """A transfer that all have entered is given so long; large ones take their time."""
     long_s: float = 1800.0
@@ -127,7 +129,7 @@ def judge(
         return _hangs(reason, doing, ranks[Doing.BUSY])
     if finding.kind is Kind.COMMUNICATION_HANG:
         return _judge_transfer(ranks, doing, lasted_s, limits)
-    return _judge_absent(ranks, doing, samples, limits)
+    return _judge_absent(ranks, doing, samples, lasted_s, limits)
 
 
 def look(first: Sample, last: Sample, limits: WitnessLimits) -> Doing:
@@ -166,6 +168,7 @@ def _judge_absent(
     ranks: Mapping[Doing, list[int]],
     doing: dict[int, Doing],
     samples: Mapping[int, tuple[Sample, Sample]],
+    lasted_s: float,
     limits: WitnessLimits,
 ) -> Judgement:
     """They have not entered: they must be somewhere else, and stay there."""
@@ -178,6 +181,9 @@ def _judge_absent(
     apart_s = min(samples[rank][1].at - samples[rank][0].at for rank in ranks[Doing.STUCK])
     if apart_s < limits.stuck_s:
         return _wait(f"{_says(ranks, Doing.STUCK)}, but only for {apart_s:.1f} s", doing, limits)
+    if lasted_s < limits.still_s:
+        said = f"{_says(ranks, Doing.STUCK)}, and is given {limits.still_s:.0f} s"
+        return _wait(said, doing, limits)
     reason = f"{_says(ranks, Doing.STUCK)}, in no collective, for {apart_s:.1f} s"
     return _hangs(reason, doing, ranks[Doing.STUCK])
 
