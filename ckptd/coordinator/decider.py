@@ -9,7 +9,7 @@ All times are monotonic seconds.
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
 from ckptd.coordinator.claim import Claim, Stop, judge
@@ -751,7 +751,7 @@ class Coordinator:
             and now - at < self.settings.lease_s
         ]
         first = job.waits_for % job.world_size
-        for rank in (*range(first, job.world_size), *range(first)):
+        for rank in chain(range(first, job.world_size), range(first)):
             job.waits_for = rank
             if not self._is_there(job, rank):
                 return True

@@ -10,8 +10,9 @@ import json
 import random
 import tracemalloc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from time import process_time
 
 import click
@@ -172,11 +173,20 @@ class Cluster:
             self._by_peer[send.peer].hear(send.message)
 
     def settle(self) -> None:
-        """Until nobody has anything to say."""
+        """Until nobody has anything to say; what is said at one time is timed as a whole."""
         while self.said:
-            peer, message = self.said.popleft()
-            self.messages += 1
-            self._decide(lambda p=peer, m=message: self.coordinator.handle(p, m, self.now))  # type: ignore[misc]
+            said, self.said = self.said, deque()
+            self.messages += len(said)
+            self._decide(partial(self._handle, said))
+
+    def _handle(self, said: Iterable[tuple[bytes, AgentMessage]]) -> list[Send]:
+        handle, now = self.coordinator.handle, self.now
+        return [send for peer, message in said for send in handle(peer, message, now)]
+
+    def _tick(self) -> list[Send]:
+        sends = self.coordinator.tick(self.now)
+        self.coordinator.next_deadline(self.now)
+        return sends
 
     def start(self) -> None:
         """All nodes join, and the job begins: its rank 0 asks before the others are there."""
@@ -208,8 +218,7 @@ class Cluster:
             self._beats()
             for _ in range(TICKS_PER_S):
                 self.now += 1 / TICKS_PER_S
-                self._decide(lambda: self.coordinator.tick(self.now))
-                self.coordinator.next_deadline(self.now)
+                self._decide(self._tick)
                 self.settle()
 
     def _beats(self) -> None:
