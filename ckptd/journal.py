@@ -199,6 +199,12 @@ class Journal:
             for entry in sorted(alike, key=_order)[:-kept]:
                 del self._newest[entry.body.about]
 
+    @property
+    def isolates(self) -> bool:
+        """Whether any node is isolated."""
+        bodies = (entry.body for entry in self._newest.values())
+        return any(isinstance(body, Isolated) and body.isolated for body in bodies)
+
     def is_isolated(self, node: str) -> Isolated | None:
         """Why a node is isolated, or None if it is not."""
         entry = self._newest.get(f"node {node}")

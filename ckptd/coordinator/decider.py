@@ -9,6 +9,7 @@ All times are monotonic seconds.
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
 from ckptd.coordinator.claim import Claim, Stop, judge
@@ -20,8 +21,10 @@ from ckptd.coordinator.diagnosis.supervisor import (
     Supervisors,
     Tell,
 )
+from ckptd.coordinator.inventory import Inventory
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.replication import Messages, Replication
+from ckptd.coordinator.rhythm import least_s
 from ckptd.coordinator.state import (
     ENDED,
     Attachment,
@@ -143,6 +146,7 @@ class Coordinator:
         self._replication = Replication(self.journal, settings.lease_s)
         self.nodes: dict[str, Node] = {}
         self.jobs: dict[str, Job] = {}
+        self._inventory = Inventory()
         self.events: deque[Event] = deque(maxlen=2000)
         """What happened, for status."""
         self.news: deque[Event] = deque(maxlen=2000)
@@ -157,6 +161,8 @@ class Coordinator:
         self.supervisors = Supervisors(
             settings.diagnosis, lambda: self.journal.next_incident, self._restarts_of
         )
+        self._quiet_until = float("inf")
+        """Until then no live node can become suspect, or be lost."""
 
     # The two entries.
 
@@ -179,6 +185,7 @@ class Coordinator:
             node.suspect = False
             text = f"{name} is heard again, after {now - node.last_seen:.1f} s"
             self._event(now, "node_heard", "", text, node=name)
+            self._quiet_until = min(self._quiet_until, now + self._least_silence_s)
         node.last_seen = now
         if not node.live:
             # It was given up; its word on what it holds must be heard again.
@@ -246,10 +253,7 @@ class Coordinator:
         if self.ended:
             return []
         self._replicate(self._replication.tick(now))
-        for name, node in self.nodes.items():
-            if node.live and now - node.last_seen >= self.settings.lease_s:
-                self._node_lost(name, now)
-        self._suspect(now)
+        self._look_for_silence(now)
         for job in list(self.jobs.values()):
             self._clear_rollback(job, now)
             self._miss_nodes(job, now)
@@ -268,10 +272,12 @@ class Coordinator:
 
     def next_deadline(self, now: float) -> float:
         """When `tick` must be called at the latest."""
-        deadlines = [self._silence_ends_at(n) for n in self.nodes.values() if n.live]
+        deadlines = [self._quiet_until]
+        if now >= self._quiet_until:
+            deadlines = [self._silence_ends_at(n) for n in self.nodes.values() if n.live]
         if any(job.pending for job in self.jobs.values()):
             deadlines.append(now + self.settings.beat_s)
-        return min(deadlines, default=now + 1.0)
+        return min([d for d in deadlines if d < float("inf")], default=now + 1.0)
 
     def remove_job(self, name: str, now: float) -> str:
         """Forget a job and free its memory everywhere; returns "" or the reason why not."""
@@ -323,7 +329,7 @@ class Coordinator:
 
     def live_holdings(self, id: SnapshotId) -> dict[str, Holding]:
         """What live nodes hold of one snapshot."""
-        return choice.live_holdings(self.nodes, id)
+        return self._inventory.of(id).holdings
 
     @property
     def domains(self) -> dict[str, str]:
@@ -334,6 +340,7 @@ class Coordinator:
         """Raise InternalError if what must always hold does not. Called by tests."""
         for job in self.jobs.values():
             for snapshot in job.snapshots.values():
+                self._inventory.check(snapshot.id, choice.live_holdings(self.nodes, snapshot.id))
                 if snapshot.state in ENDED:
                     raise InternalError(f"{snapshot.id} has ended and is still listed")
                 if snapshot.state is State.PROTECTED and snapshot.manifest is None:
@@ -401,6 +408,7 @@ class Coordinator:
             return
         if old is not None:
             self._peers.pop(old.peer, None)
+            self._inventory.lose(hello.node, old.holdings)
         # A restarted agent starts anew; the same one saying hello again goes on.
         fresh = old is None or old.hello.incarnation != hello.incarnation
         node = Node(hello, peer, now, told_at=now, launchers=set(hello.launchers))
@@ -409,6 +417,7 @@ class Coordinator:
         node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
         node.spare_bytes = hello.spare_bytes
         self.nodes[hello.node] = node
+        self._quiet_until = min(self._quiet_until, now + self._least_silence_s)
         self._peers[peer] = hello.node
         self._welcome(hello.node)
         self._replicate(self._replication.hello(hello.node, hello.log, now))
@@ -475,15 +484,35 @@ class Coordinator:
                 place = snapshot.manifest.place_of(node)
                 if place is not None:
                     snapshot.ordered.pop(place[0], None)
-                whole = recovery.is_protected(snapshot.manifest, self.live_holdings(snapshot.id))
+                whole = self._inventory.of(snapshot.id).is_protected(snapshot.manifest)
                 if whole and snapshot.id in held:
                     self._send(node, Commit(snapshot.id, ()))
 
-    def _suspect(self, now: float) -> None:
-        """Take note of who is silent for longer than usual."""
+    def _look_for_silence(self, now: float) -> None:
+        """Take note of who is lost, and who is silent for longer than usual."""
         late_s, self._ticked_at = now - self._ticked_at, now
-        if late_s > 1.5 * self.settings.beat_s:
-            return  # this process was held up: what the nodes said meanwhile is still to be read
+        if now < self._quiet_until:
+            return
+        for name, node in self.nodes.items():
+            if node.live and now - node.last_seen >= self.settings.lease_s:
+                self._node_lost(name, now)
+        if late_s <= 1.5 * self.settings.beat_s:
+            self._suspect(now)
+        # Else this process was held up: what the nodes said meanwhile is still to be read.
+        lease_s, least_s = self.settings.lease_s, self._least_silence_s
+        ends = (
+            node.last_seen + (lease_s if node.suspect else least_s)
+            for node in self.nodes.values()
+            if node.live
+        )
+        self._quiet_until = min(ends, default=float("inf"))
+
+    @property
+    def _least_silence_s(self) -> float:
+        """No live node that is not suspect becomes it sooner, since it was heard last."""
+        return least_s(self.settings.beat_s, self.settings.lease_s)
+
+    def _suspect(self, now: float) -> None:
         for name, node in self.nodes.items():
             if node.live and not node.suspect and now >= self._silence_ends_at(node):
                 node.suspect = True
@@ -501,6 +530,7 @@ class Coordinator:
         node.live = node.suspect = False
         silent_s = now - node.last_seen
         self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
+        self._inventory.lose(name, node.holdings)
         node.holdings, node.fetching, node.recoding = {}, (), ()
         self._replicate(self._replication.lost(name, now))
         for job in self.jobs.values():
@@ -529,6 +559,8 @@ class Coordinator:
     def _forget_attachments(self, job: Job, node: str) -> None:
         for key in [key for key, held in job.attachments.items() if held.node == node]:
             del job.attachments[key]
+        if job.pending is not None:
+            job.pending.there = 0
 
     def _is_back(self, job: Job, name: str) -> bool:
         """Whether a lost node has come back to its ranks; not as a spare, for any place."""
@@ -574,6 +606,7 @@ class Coordinator:
         key = (state.round, state.rank)
         new = key not in job.attachments
         job.see(state.round)
+        job.keeps.add(state.keep)
         if state.life and state.life == job.life and not job.round:
             self._recognise(job, state)
         if job.round and job.round != state.round and 0 < state.life < job.life:
@@ -644,6 +677,8 @@ class Coordinator:
         if held is None or held.node != node:
             return
         del job.attachments[(message.round, message.rank)]
+        if job.pending is not None:
+            job.pending.there = 0
         self._event(
             now,
             "rank_left",
@@ -729,31 +764,15 @@ class Coordinator:
         """Issue a ticket when every rank of the life has a free slot."""
         if not job.resumed or len(job.members) != job.world_size or job.finished or job.left:
             return
-        ranks = []
-        for rank in range(job.world_size):
-            held = job.attachments.get((job.round, rank))
-            if held is None or held.state.life != job.life:
-                return
-            if not self.nodes[held.node].live or self.nodes[held.node].suspect:
-                return
-            ranks.append(held.state)
-        self._drop_orphans(job, min(state.seen_step for state in ranks), now)
         ours = [snapshot for snapshot in job.snapshots.values() if snapshot.id.life == job.life]
-        open_steps = {s.id.step for s in ours if s.state in (State.TICKETED, State.CAPTURING)}
-        # A rank that has not yet heard of a ticket will take a slot for it, dropped or not.
-        dropped = [
-            (id.step, at)
-            for id, at in job.tickets
-            if id.life == job.life
-            and id.step not in open_steps
-            and now - at < self.settings.lease_s
-        ]
-        for rank, state in enumerate(ranks):
-            since = job.attachments[job.round, rank].since
-            unseen = sum(step > state.seen_step for step in open_steps)
-            unseen += sum(step > state.seen_step and at >= since for step, at in dropped)
-            if state.free_slots - unseen < 1:
+        if any(one.learned and one.state in (State.TICKETED, State.CAPTURING) for one in ours):
+            if not all(self._is_there(job, rank) for rank in range(job.world_size)):
                 return
+            self._drop_orphans(job, min(state.seen_step for state in self._states(job)), now)
+            ours = [one for one in ours if one.state not in ENDED]
+        if self._waits_for_a_rank(job, ours, now):
+            return
+        ranks = self._states(job)
         if not self._agree(job, ranks, now):
             return
         # The coordinator before this one may have issued tickets, too.
@@ -763,6 +782,44 @@ class Coordinator:
         job.tickets.append((id, now))
         for node in sorted(self._job_nodes(job)):
             self._send(node, TakeSnapshot(id))
+
+    def _states(self, job: Job) -> list[RankState]:
+        """Of all ranks of the life, which are there."""
+        return [job.attachments[job.round, rank].state for rank in range(job.world_size)]
+
+    def _is_there(self, job: Job, rank: int) -> bool:
+        """Whether a rank has the life, on a node that is heard."""
+        held = job.attachments.get((job.round, rank))
+        if held is None or held.state.life != job.life:
+            return False
+        return self.nodes[held.node].live and not self.nodes[held.node].suspect
+
+    def _waits_for_a_rank(self, job: Job, ours: list[Snapshot], now: float) -> bool:
+        """Whether some rank is not there, or has no free slot.
+
+        The one that was found last is looked at first: for most reports that is all.
+        """
+        open_steps = {s.id.step for s in ours if s.state in (State.TICKETED, State.CAPTURING)}
+        # A rank that has not yet heard of a ticket will take a slot for it, dropped or not.
+        dropped = [
+            (id.step, at)
+            for id, at in job.tickets
+            if id.life == job.life
+            and id.step not in open_steps
+            and now - at < self.settings.lease_s
+        ]
+        first = job.waits_for % job.world_size
+        for rank in chain(range(first, job.world_size), range(first)):
+            job.waits_for = rank
+            if not self._is_there(job, rank):
+                return True
+            held = job.attachments[job.round, rank]
+            seen = held.state.seen_step
+            unseen = sum(step > seen for step in open_steps)
+            unseen += sum(step > seen and at >= held.since for step, at in dropped)
+            if held.state.free_slots - unseen < 1:
+                return True
+        return False
 
     def _agree(self, job: Job, ranks: list[RankState], now: float) -> bool:
         """Whether all ranks divide alike what they share; if not for long, none shall divide."""
@@ -881,6 +938,7 @@ class Coordinator:
             self.jobs[holding.id.job].changed = True
         if not holding.extents and not holding.parity:
             held.pop(holding.id, None)
+            self._inventory.remove(node, holding.id)
             return
         if holding.id.life <= self._forgotten.get(holding.id.job, 0):
             self._send(node, Drop(holding.id, "its job was forgotten"))
@@ -891,6 +949,7 @@ class Coordinator:
             self._send(node, Drop(holding.id, ended.reason or ended.state.value))
             return
         held[holding.id] = holding
+        self._inventory.put(node, holding)
         snapshot = job.snapshots.get(holding.id)
         if snapshot is None:
             if ended is not None:
@@ -912,11 +971,10 @@ class Coordinator:
 
     def _advance(self, job: Job, snapshot: Snapshot, now: float) -> None:
         """Move a snapshot on as far as the reported cells allow."""
-        holdings = self.live_holdings(snapshot.id)
-        held = recovery.rank_holders(holdings)
+        held = self._inventory.of(snapshot.id)
         if snapshot.state in (State.TICKETED, State.CAPTURING):
             # A manifest is made only once every rank has sealed, whoever is here to tell.
-            if len(held) == snapshot.world_size or snapshot.manifest is not None:
+            if len(held.ranks) == snapshot.world_size or snapshot.manifest is not None:
                 snapshot.move(State.SEALED, now)
                 if snapshot.id.life == job.life:
                     job.pacer.met(snapshot.id.step)
@@ -925,7 +983,7 @@ class Coordinator:
         if snapshot.state is not State.SEALED:
             return
         if snapshot.manifest is None and self._goes_on(job, snapshot.id):
-            snapshot.manifest = self._build_manifest(job, snapshot, holdings)
+            snapshot.manifest = self._build_manifest(job, snapshot, held.holdings)
             if any(group.parity_shards for group in snapshot.manifest.groups):
                 self._order_protect(job, snapshot, now)
         if snapshot.state is not State.SEALED or snapshot.manifest is None:
@@ -934,7 +992,7 @@ class Coordinator:
         if alone:
             snapshot.reason = "one node: there is no group to protect it"
             self._commit(job, snapshot, now)
-        elif recovery.is_protected(snapshot.manifest, holdings):
+        elif held.is_protected(snapshot.manifest):
             snapshot.move(State.PROTECTED, now)
             self._commit(job, snapshot, now)
 
@@ -944,12 +1002,11 @@ class Coordinator:
             snapshot = job.snapshots[id]
             if snapshot.state not in (State.SEALED, State.PROTECTED) or snapshot.unloadable:
                 continue
-            holdings = self.live_holdings(id)
-            verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
-            if not verdict.restorable:
-                continue
-            if "memory" in verdict.tiers:
+            held = self._inventory.of(id)
+            if len(held.ranks) == snapshot.world_size:
                 break  # every segment is there
+            if not recovery.judge(snapshot.manifest, snapshot.world_size, held.holdings).restorable:
+                continue
             if job.incomplete is None or job.incomplete[0] != id:
                 job.incomplete = id, now
             return
@@ -1157,7 +1214,7 @@ class Coordinator:
         if manifest is None:
             return
         holdings = self.live_holdings(snapshot.id)
-        if recovery.is_protected(manifest, holdings):
+        if self._inventory.of(snapshot.id).is_protected(manifest):
             if snapshot.lost_at is not None:
                 self._protected_again(job, snapshot, now)
             return
@@ -1268,8 +1325,8 @@ class Coordinator:
     def _make_room(self, job: Job, now: float) -> None:
         """Retire the oldest snapshot that is kept if there is no memory for new ones.
 
-        New ones are worth more. A node may have less room than it had: it holds segments of ranks
-        that have moved, for one.
+        New ones are worth more, and what a rollback gave up is worth least. A node may have less
+        room than it had: it holds segments of ranks that have moved, for one.
         """
         if job.keep < 2:
             return
@@ -1289,15 +1346,18 @@ class Coordinator:
             return  # it may still be laying out its memory
         wanted = self.rollback_of(job)
         safe = [s for _, s in sorted(job.snapshots.items()) if keeping.is_safe(s, self.nodes)]
-        oldest = next((snapshot for snapshot in safe[:-1] if snapshot.id != wanted), None)
-        if oldest is None:
+        given_up = [snapshot for snapshot in safe if job.has_given_up(snapshot.id)]
+        path = [snapshot for snapshot in safe if snapshot not in given_up]
+        able = [snapshot for snapshot in (*given_up, *path[:-1]) if snapshot.id != wanted]
+        if not able or not path:
             return
+        oldest = able[0]
         job.full_since = None
         reason = "retired early: there was no free slot for a new snapshot"
         self._event(now, "kept_fewer", job.name, f"{oldest.id} {reason}", step=oldest.id.step)
         self._end(job, oldest, State.RETIRED, reason, now, tell=False)
         for node in self.nodes:
-            self._send(node, Commit(safe[-1].id, (oldest.id,)))
+            self._send(node, Commit(path[-1].id, (oldest.id,)))
 
     def _clear_rollback(self, job: Job, now: float) -> None:
         """Once a life trains from where somebody wanted to go back to, the wish is fulfilled."""
@@ -1378,6 +1438,8 @@ class Coordinator:
 
     def _unfit_ranks(self, job: Job, pending: PendingResume) -> choice.Wait | None:
         """Ranks where none may be, or that do not fit to each other."""
+        if len(job.keeps) < 2 and not self.journal.isolates:
+            return None  # as nearly always
         here = {
             rank: held
             for (round_, rank), held in sorted(job.attachments.items())
@@ -1402,17 +1464,18 @@ class Coordinator:
         return None
 
     def _missing_ranks(self, job: Job, pending: PendingResume) -> choice.Wait | None:
-        here = {
-            rank: held.state.world_size
-            for (round_, rank), held in job.attachments.items()
-            if round_ == pending.round and self.nodes[held.node].live
-        }
-        world_size = here.get(0)
-        if world_size is None:
+        def is_here(rank: int) -> bool:
+            held = job.attachments.get((pending.round, rank))
+            return held is not None and self.nodes[held.node].live
+
+        if not is_here(0):
             return choice.Wait("rank 0 is no longer attached to a live agent")
-        missing = [rank for rank in range(world_size) if rank not in here]
+        world_size = job.attachments[pending.round, 0].state.world_size
+        absent = (rank for rank in range(pending.there, world_size) if not is_here(rank))
+        missing = list(islice(absent, recovery.RANKS_NAMED + 1))
         if not missing:
             return None
+        pending.there = missing[0]
         ranks = recovery.name_ranks(missing)
         return choice.Wait(f"{ranks} of {world_size} to attach to their agents")
 
@@ -1462,6 +1525,7 @@ class Coordinator:
             older = (each for each in given_up if (each.life, each.step) < (start.life, start.step))
             given_up = (*older, GivenUp(start.life, start.step, life))
         job.record = JobRecord(job.name, life, nodes, chain, keep, given_up)
+        job.keeps = {keep}
         job.life, job.round, job.members = life, pending.round, members
         job.grants += 1
         job.world_size = len(members)
@@ -1532,6 +1596,7 @@ class Coordinator:
             self._send(node, Forget(job.name, why))
             for id in [id for id in self.nodes[node].holdings if id.job == job.name]:
                 del self.nodes[node].holdings[id]
+                self._inventory.remove(node, id)
         del self.jobs[job.name]
         if self.journal.rollback(job.name) is not None:
             self._note(Rollback(job.name, None), now)
@@ -1556,7 +1621,7 @@ class Coordinator:
         return {held.node for held in job.attachments.values()}
 
     def _holds_rank(self, id: SnapshotId, rank: int) -> bool:
-        return rank in recovery.rank_holders(self.live_holdings(id))
+        return rank in self._inventory.of(id).ranks
 
     def _send(self, node: str, message: CoordinatorMessage) -> None:
         known = self.nodes.get(node)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from ckptd.manifest import JobManifest
 from ckptd.wire import Holding, Source
 
+RANKS_NAMED = 8
+
 Holdings = Mapping[str, Holding]  # node to what it holds of one snapshot; live nodes only
 
 
@@ -129,5 +131,6 @@ def source(manifest: JobManifest | None, holdings: Holdings, cells: Mapping[str,
 
 def name_ranks(ranks: list[int]) -> str:
     """Ranks in words, however many there are."""
-    some = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+    some = ", ".join(map(str, ranks[:RANKS_NAMED]))
+    some += " …" if len(ranks) > RANKS_NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {some}"

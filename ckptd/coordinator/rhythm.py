@@ -9,6 +9,11 @@ _SPREADS = 8.0
 _BEATS_AT_LEAST, _BEATS_AT_MOST = 2.0, 3.0
 
 
+def least_s(beat_s: float, lease_s: float) -> float:
+    """No node is suspect that has been silent for less, in seconds."""
+    return min(_BEATS_AT_LEAST * beat_s, lease_s)
+
+
 class Rhythm:
     """How long a node is silent as a rule, from the times at which its heartbeats came in.
 

@@ -135,6 +135,8 @@ class PendingResume:
     said: str = ""
     """The reason for waiting that was sent last."""
     said_at: float = float("-inf")
+    there: int = 0
+    """All ranks below this one are there."""
 
 
 @dataclass
@@ -181,6 +183,10 @@ class Job:
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
 
+    waits_for: int = 0
+    """The rank that was not ready for a ticket when that was looked at last."""
+    keeps: set[int] = field(default_factory=set)
+    """How many snapshots shall be kept, as ranks said since the last life was granted."""
     grants: int = 0
     """How many lives this coordinator has granted."""
     seen: dict[str, int] = field(default_factory=dict)

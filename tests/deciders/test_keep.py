@@ -133,6 +133,20 @@ class TestKeep:
         assert protected(cluster) == made[1:]
         assert {id for m in cluster.told("a", Commit) for id in m.retire} == {made[0]}
 
+    def test_room_is_made_by_what_was_given_up_and_not_by_what_the_life_began_from(self) -> None:
+        cluster, made = training(2, snapshots=2)
+        go_back(cluster, made[0])
+        cluster.stop_job()
+        cluster.start(*NODES, round_="r2", keep=2)
+        for open_ in cluster.tickets("a"):
+            cluster.say("a", SnapshotFailed(open_, "dropped", "for the story"))
+        cluster.update(0, free_slots=0)
+        cluster.pass_time(2 * cluster.settings.lease_s)
+        for rank in range(4):
+            cluster.update(rank, step=cluster.state(rank).step + 5)
+        cluster.pass_time(1)
+        assert protected(cluster) == made[:1]
+
     def test_a_new_coordinator_keeps_the_newest_though_a_segment_of_it_is_lost(self) -> None:
         cluster, made = training(2, snapshots=2)
         older, newest = made
@@ -276,9 +290,10 @@ class TestRollback:
         twin = snapshot(2, made[1].step)
         job = cluster.coordinator.jobs[JOB]
         job.snapshots[twin] = replace(job.snapshots[made[1]], id=twin)
-        for node in cluster.coordinator.nodes.values():
+        for name, node in cluster.coordinator.nodes.items():
             held = node.holdings[made[1]]
             node.holdings[twin] = msgspec.structs.replace(held, id=twin)
+            cluster.coordinator._inventory.put(name, node.holdings[twin])
         refusal = cluster.obey(RollBack(JOB, twin.step))
         assert "of lives 1 and 2; say which: --to 2." in refusal
         assert go_back(cluster, twin) == ""

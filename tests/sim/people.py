@@ -89,11 +89,15 @@ class People:
         clock = self._world.clock
         self._readmitted.discard(name)
         if self._random.random() < 0.6:
-            self.left_out.add(name)
+            self._leave_out(name)
         else:
-            clock.at(clock.now + self._random.uniform(1.0, 5.0), self.left_out.add, name)
+            clock.at(clock.now + self._random.uniform(1.0, 5.0), self._leave_out, name)
         clock.at(clock.now + self._random.uniform(4.0, 15.0), self.readmit, name)
         return True
+
+    def _leave_out(self, name: str) -> None:
+        if name not in self._readmitted:
+            self.left_out.add(name)
 
     def readmit(self, name: str) -> None:
         """Ask for it until it is done."""

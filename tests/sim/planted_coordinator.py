@@ -101,6 +101,8 @@ class BelievesTheDead(Coordinator):
         held = self.nodes[name].holdings
         super()._node_lost(name, now)
         self.nodes[name].holdings, self.nodes[name].live = held, True
+        for holding in held.values():
+            self._inventory.put(name, holding)
         self.nodes[name].last_seen = now
 
 

@@ -216,16 +216,29 @@ class Truth:
         safe = self._safe.get(job, set())
         if self._world.plan.keep == 1 or not safe & retire:
             return
+        retired = [id for id in safe & retire if self._is_whole(id)]
         safe -= retire
         on_purpose = any(event.kind == "kept_fewer" for event in list(decider.events)[-3:])
         heard = {name for name, node in decider.nodes.items() if node.live}
         there = {name for name, machine in self._world.machines.items() if machine.alive}
-        if on_purpose or there - heard:
+        if on_purpose or there - heard or not retired:
             return
-        left = [id for id in safe if self.restorable(id) and not self.given_up(id)]
+        left = [id for id in safe if self._is_whole(id) and not self.given_up(id)]
         # The one that is committed now is not among them yet.
         if len(left) + 1 < self._world.plan.keep:
             raise Violation(f"{job} keeps {self._world.plan.keep}, and {retire} are retired")
+
+    def _is_whole(self, id: SnapshotId) -> bool:
+        """Whether all segments are there, and all parity at its places."""
+        disks = {name: m.disk for name, m in self._world.machines.items() if m.alive}
+        ranks = range(self._world.jobs[id.job].ranks)
+        if not all(any(disk.segment(id, r) for disk in disks.values()) for r in ranks):
+            return False
+        manifests = (disk.manifests[id] for disk in disks.values() if id in disk.manifests)
+        return any(
+            all(name in disks and disks[name].parity(id) for name in manifest.nodes)
+            for manifest in manifests
+        )
 
     def _as_safe(self, id: SnapshotId, as_: SnapshotId) -> bool:
         """Whether a snapshot is there, and survives any one node if another does."""
@@ -280,6 +293,7 @@ class Truth:
         if promise is not None:
             if promise == id and not self.restorable(id):
                 newer = [other for other in self.at_stake(id.job) if other > id]
+                newer = newer or self._without_a_group(id)
                 if not newer:
                     raise Violation(f"{id}, the newest protected snapshot, was freed")
                 self.promises[id.job] = newer[-1]
@@ -287,6 +301,13 @@ class Truth:
         known = self.sealed.get(id.job, set())
         if id in known and not any(self.restorable(other) for other in sorted(known)):
             raise Violation(f"{id} was freed, and was all that {id.job} had")
+
+    def _without_a_group(self, id: SnapshotId) -> list[SnapshotId]:
+        """Newer ones of a job on one node, which nobody encodes: an old coordinator may free by."""
+        if self._world.jobs[id.job].nodes > 1:
+            return []
+        ids = {other for other, _ in self._captured if other.job == id.job and other > id}
+        return sorted(other for other in ids if self.restorable(other))
 
     def restorable(self, id: SnapshotId, without: "Machine | None" = None) -> bool:
         machines = self._world.machines.values()
