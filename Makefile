@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test sim test-integrations lint fmt docs bench clean
+.PHONY: help demo test sim scale test-integrations lint fmt docs bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,9 @@ test: $(READY) ## run the tests (PYTEST_ARGS="-k stripe" chooses among them)
 SEEDS := 1-1000
 sim: $(READY) ## simulate clusters through faults (SEEDS=1-1000)
 	$(BIN)/python -m tests.sim --seeds $(SEEDS)
+
+scale: $(READY) ## measure the coordinator's decisions by the number of nodes
+	$(BIN)/python -m tests.sim.scale
 
 # Each library is in an environment of its own: about 1 GB, made once.
 INTEGRATIONS := transformers lightning accelerate

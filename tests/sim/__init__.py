@@ -5,8 +5,10 @@
     kernel.py     clock, story, violations      plan.py       what a seed draws
     disk.py       a memory directory            transfers.py  encode and fetch, by value
     agents.py     a node and its agent          control.py    connections, and the coordinator
-    trainers.py   ranks, runs and launchers     faults.py     what goes wrong
+    offices.py    whom agents may obey          people.py     rollbacks and isolation
+    processes.py  what runs on a node           faults.py     what goes wrong
+    trainers.py   ranks                         runs.py       runs of a job, and its launcher
     truth.py      what really is, and what must hold
     world.py      all of it together            campaign.py   many seeds
-    planted.py    bugs that must be found
+    planted*.py   bugs that must be found       scale.py      what many nodes cost
 """

@@ -74,6 +74,12 @@ def campaign(seeds: Iterable[int], jobs: int = 1) -> Iterator[Outcome]:
         yield from pool.map(live_through, seeds, chunksize=_CHUNK)
 
 
+def must_hold(seeds: Iterable[int]) -> None:
+    """Fail with the whole story of every seed in which something is violated."""
+    failed = [outcome.report() for outcome in map(live_through, seeds) if outcome.failure]
+    assert not failed, "\n\n".join(failed)
+
+
 @dataclass
 class Summary:
     """Of a campaign."""

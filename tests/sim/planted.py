@@ -66,7 +66,11 @@ BUGS = {
     "life_twice": Bug("grants two rounds one life", coordinator=wrong.GrantsALifeTwice),
     "one_seal": Bug("takes one rank's seal for all", coordinator=wrong.TakesOneSealForAll),
     "torn": Bug("does not drop what was torn", coordinator=wrong.ForgetsWhatWasTorn),
-    "dead": Bug("counts what lost nodes held", coordinator=wrong.BelievesTheDead),
+    "dead": Bug(
+        "counts what lost nodes held",
+        coordinator=wrong.BelievesTheDead,
+        faults=("destroy_node", "kill_trainer"),
+    ),
     "no_spare": Bug("calls no spare", coordinator=wrong.CallsNoSpare),
     "free_on_seal": Bug("frees as soon as all have sealed", coordinator=wrong.FreesOnSeal),
     "not_asked": Bug("does not ask again", coordinator=wrong.AsksNobodyAgain),
@@ -115,11 +119,15 @@ BUGS = {
         faults=("isolate", "roll_back", "restart_coordinator", "kill_trainer"),
     ),
     "any_term": Bug(
-        "ignores the term", lifecycle=bad.IgnoresTheTerm, faults=("replace_coordinator",)
+        "ignores the term",
+        lifecycle=bad.IgnoresTheTerm,
+        patches=wrong.go_on_with_the_old_term,
+        faults=("replace_coordinator",),
     ),
     "old_term": Bug(
         "obeys an old coordinator",
         lifecycle=bad.ObeysAnOldOne,
+        patches=wrong.go_on_with_the_old_term,
         faults=("replace_coordinator",),
     ),
     "no_term": Bug(

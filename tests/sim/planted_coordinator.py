@@ -5,9 +5,10 @@ from typing import Any
 
 import msgspec
 
-from ckptd.coordinator import choice, decider, keeping, recovery
+from ckptd.coordinator import choice, decider, keeping
 from ckptd.coordinator.claim import Claim, Raise, Stop, judge
 from ckptd.coordinator.decider import Coordinator
+from ckptd.coordinator.inventory import Held
 from ckptd.coordinator.state import Job, Node, PendingResume, Snapshot, State
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest
@@ -18,10 +19,10 @@ Patch = tuple[Any, str, Any]
 
 
 def commit_early() -> list[Patch]:
-    def some_parity(manifest: JobManifest, holdings: recovery.Holdings) -> bool:
-        return any(holding.parity for holding in holdings.values())
+    def some_parity(held: Held, manifest: JobManifest) -> bool:
+        return held.parities > 0
 
-    return [(recovery, "is_protected", some_parity)]
+    return [(Held, "is_protected", some_parity)]
 
 
 def retire_anything_older() -> list[Patch]:
@@ -136,6 +137,14 @@ def never_give_way() -> list[Patch]:
         if isinstance(verdict, Stop):
             return Raise(obeyed.term.number + 1) if obeyed.term.number >= term else None
         return verdict
+
+    return [(decider, "judge", wrong)]
+
+
+def go_on_with_the_old_term() -> list[Patch]:
+    def wrong(*args: Any) -> Raise | None:
+        verdict = judge(*args)
+        return None if isinstance(verdict, Stop) else verdict
 
     return [(decider, "judge", wrong)]
 

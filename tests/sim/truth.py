@@ -223,7 +223,7 @@ class Truth:
         there = {name for name, machine in self._world.machines.items() if machine.alive}
         if on_purpose or there - heard or not retired:
             return
-        left = [id for id in safe if self._is_whole(id) and not self.given_up(id)]
+        left = [id for id in safe if self.restorable(id) and not self.given_up(id)]
         # The one that is committed now is not among them yet.
         if len(left) + 1 < self._world.plan.keep:
             raise Violation(f"{job} keeps {self._world.plan.keep}, and {retire} are retired")

@@ -1,0 +1,10 @@
+"""The second half of the short campaign: a file of its own, for a worker of its own."""
+
+import pytest
+
+from .campaign import must_hold
+
+
+@pytest.mark.parametrize("first", range(101, 201, 10))
+def test_what_must_hold_holds(first: int) -> None:
+    must_hold(range(first, first + 10))
