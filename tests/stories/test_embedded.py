@@ -137,7 +137,9 @@ def test_the_launcher_without_an_agent_restarts_a_killed_worker_from_memory(lapt
     command = [sys.executable, "-m", "ckptd.cli", "run", "--job", JOB, "--", *flags]
     here.spawn("launcher", command)
     here.wait("a snapshot", lambda: here.agents() and here.snapshot("sealed", after=3), 60)
-    (worker,) = [p for p in here.members() if str(TRAINER) in p.cmdline()[1:3]]
+    (worker,) = [
+        p for p in here.members() if str(TRAINER) in p.cmdline() and "ckptd.cli" not in p.cmdline()
+    ]
     worker.kill()
 
     def second() -> bool:
