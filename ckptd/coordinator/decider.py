@@ -256,6 +256,7 @@ class Coordinator:
         self._look_for_silence(now)
         for job in list(self.jobs.values()):
             self._clear_rollback(job, now)
+            self._commit_late(job, now)
             self._miss_nodes(job, now)
             if now >= self._settled_at:
                 for snapshot in list(job.snapshots.values()):
@@ -1288,6 +1289,9 @@ class Coordinator:
         manifest = snapshot.manifest
         if manifest is None or job.has_given_up(snapshot.id):
             return
+        if self._replication.awaited:
+            job.uncommitted = snapshot.id  # somebody may want to go back to what it would retire
+            return
         if any(
             other.state is State.PROTECTED
             and other.id > snapshot.id
@@ -1321,6 +1325,14 @@ class Coordinator:
                     self._end(job, other, State.LOST, reason, now)
         for node in self.nodes:
             self._send(node, Commit(snapshot.id, tuple(retire)))
+
+    def _commit_late(self, job: Job, now: float) -> None:
+        """Commit what waited for the log that agents keep."""
+        if job.uncommitted is None or self._replication.awaited:
+            return
+        snapshot, job.uncommitted = job.snapshots.get(job.uncommitted), None
+        if snapshot is not None:
+            self._commit(job, snapshot, now)
 
     def _make_room(self, job: Job, now: float) -> None:
         """Retire the oldest snapshot that is kept if there is no memory for new ones.

@@ -183,6 +183,8 @@ class Job:
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
 
+    uncommitted: SnapshotId | None = None
+    """What is to be committed as soon as the log is there that agents keep."""
     waits_for: int = 0
     """The rank that was not ready for a ticket when that was looked at last."""
     keeps: set[int] = field(default_factory=set)

@@ -6,11 +6,12 @@ import msgspec
 import pytest
 
 from ckptd import journal as journals
+from ckptd.coordinator.decider import Coordinator
 from ckptd.coordinator.replication import Replication
 from ckptd.coordinator.view import status
 from ckptd.ids import SnapshotId
 from ckptd.journal import Entry, Incident, Isolated, Journal, LogSummary, Rollback
-from ckptd.wire import AskEntries, Entries, KeepEntries, ResumeWaits
+from ckptd.wire import AskEntries, Commit, Entries, KeepEntries, ResumeWaits, RollBack
 
 from .fakes import JOB, Cluster
 from .test_cluster_model import faults
@@ -219,6 +220,31 @@ class TestWholeClusters:
         assert len(cluster.granted("a")) == 1
         assert cluster.coordinator.journal.entries == theirs.entries
         assert KeepEntries(theirs.entries) in cluster.inbox("a")
+
+    def test_nothing_is_retired_before_the_log_is_there(self) -> None:
+        """What the newest would replace may be what somebody wants to go back to."""
+        cluster = Cluster("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.start("a", "b")
+        wanted = cluster.make_protected()
+        cluster.obey(RollBack(JOB, wanted.step))
+        theirs = cluster.coordinator.journal
+        newest = max(cluster.tickets("a"))
+        cluster.seal_all(newest)
+        cluster.encode("a", newest)
+        cluster.coordinator = Coordinator(cluster.settings, cluster.now)
+        for name in ("a", "b"):
+            hello = msgspec.structs.replace(cluster.hello_of(name), log=theirs.summary)
+            cluster.say(name, hello)
+        cluster.encode("b", newest)
+        known = cluster.coordinator.jobs[JOB].snapshots
+        assert {wanted, newest} <= set(known)
+        cluster.say("a", Entries(theirs.entries))
+        cluster.pass_time(1)
+        assert {wanted, newest} <= set(known)
+        commits = [m for m in cluster.told("a", Commit) if isinstance(m, Commit)]
+        assert commits[-1].id == newest
+        assert not any(wanted in commit.retire for commit in commits)
 
     def test_a_resume_does_not_wait_for_the_log_of_a_lost_node(self) -> None:
         cluster = Cluster("a", "b", "c")

@@ -54,7 +54,10 @@ BUGS = {
     "commit_early": Bug("commits before all have encoded", patches=wrong.commit_early),
     "retire_older": Bug("retires what is no ancestor", patches=wrong.retire_anything_older),
     "nothing_when_unsure": Bug(
-        "starts from nothing when unsure", patches=wrong.nothing_when_unsure
+        "starts from nothing when unsure",
+        patches=wrong.nothing_when_unsure,
+        faults=("cut_off", "kill_trainer", "restart_job"),
+        nodes=1,
     ),
     "trust_a_flag": Bug("decides from a state, not from holdings", patches=wrong.trust_a_flag),
     "unheard": Bug(
