@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ckptd.coordinator import recovery
-from ckptd.coordinator.choice import live_holdings
+from ckptd.coordinator.choice import live_holdings, origin
 from ckptd.coordinator.state import Job, Node, Snapshot, State
 from ckptd.ids import SnapshotId
 from ckptd.manifest import is_ancestor
@@ -15,9 +15,13 @@ def kept(
     """What stays when `newest` is committed: itself, and of its path the newest protected ones.
 
     They are as many as the job keeps. `wanted`, to which somebody wants to go back, is one of them;
-    it stays beside `newest` even where only one is kept.
+    it stays beside `newest` even where only one is kept. So does what the life that runs began
+    from, whatever newer ones of lives before there are: it could not load them.
     """
     found = {newest.id} if wanted is None else {newest.id, wanted}
+    record = job.record
+    if record is not None and newest.id.life < record.life and (start := origin(record)):
+        found.add(start)
     ancestors = newest.manifest.ancestors if newest.manifest is not None else ()
     for id in sorted(job.snapshots, reverse=True):
         if len(found) >= job.keep:

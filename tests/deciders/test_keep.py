@@ -133,6 +133,26 @@ class TestKeep:
         assert protected(cluster) == made[1:]
         assert {id for m in cluster.told("a", Commit) for id in m.retire} == {made[0]}
 
+    def test_a_new_coordinator_keeps_what_the_life_began_from(self) -> None:
+        """The newer one could not be loaded, which only the coordinator before it knew."""
+        cluster, made = training(2, snapshots=2)
+        start, newest = made
+        held = {name: cluster.nodes[name].holdings[newest] for name in NODES}
+        cluster.stop_job()
+        cluster.attach("r2", *NODES)
+        cluster.ask()
+        again = cluster.ask(newest)
+        assert again is not None
+        assert again.id == start
+        for name in NODES:
+            parity = name != "d"
+            cluster.nodes[name].holdings[newest] = msgspec.structs.replace(
+                held[name], parity=parity
+            )
+        cluster.restart_coordinator()
+        cluster.encode("d", newest)
+        assert start in cluster.coordinator.jobs[JOB].snapshots
+
     def test_room_is_made_by_what_was_given_up_and_not_by_what_the_life_began_from(self) -> None:
         cluster, made = training(2, snapshots=2)
         go_back(cluster, made[0])
