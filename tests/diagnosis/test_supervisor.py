@@ -198,7 +198,9 @@ def test_who_makes_progress_is_looked_at_again_and_again_and_left_alone(job: Job
 
 def test_a_stuck_rank_is_shown_with_its_stack(job: Job) -> None:
     job.does = STUCK
-    job.run(40, hung=True)
+    job.run(30, hung=True)
+    assert not job.all.records, "it may wait for storage"
+    job.run(70, hung=True)
     (record,) = job.all.records.values()
     assert record.stacks == {"1": "train\nlocked"}
 
