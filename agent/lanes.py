@@ -31,7 +31,7 @@ class Wanted:
 
 
 class Lane:
-    """Asks one peer for one thing after another, in a thread of its own."""
+    """Asks one peer for one thing after another, in a thread of its own. One caller may put."""
 
     def __init__(self, peers: Peers, address: Callable[[], str], stop: threading.Event) -> None:
         """`address` may raise OSError while the peer is away. After `stop` nothing is asked for."""
@@ -39,17 +39,20 @@ class Lane:
         self._queue: queue.SimpleQueue[Wanted | None] = queue.SimpleQueue()
         self._asked: deque[Wanted] = deque()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="ckptd-lane", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def put(self, wanted: Wanted) -> None:
         """Ask for it after all that was put before. Either of its functions will be called."""
         self._queue.put(wanted)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="ckptd-lane", daemon=True)
+            self._thread.start()
 
     def close(self) -> None:
         """Wait until all has been asked for and taken."""
-        self._queue.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._closed:
