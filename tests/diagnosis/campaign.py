@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from msgspec import structs
 
 from ckptd.coordinator.diagnosis import Detector, Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.matrix import DelayMatrix, narrow, probes
 from ckptd.coordinator.diagnosis.policy import Do, Policy
-from ckptd.coordinator.diagnosis.witness import Judgement, Sample, Verdict, judge
+from ckptd.coordinator.diagnosis.witness import Judgement, Verdict, judge
 from ckptd.sketches import Sketch
+from ckptd.wire import Look
 
 from .simulation import Fault, Job, Shape, node_name, play
 
@@ -80,17 +82,17 @@ class Witness:
         samples = {rank: self._samples(rank, finding, now) for rank in finding.suspects}
         return judge(finding, samples, now)
 
-    def _samples(self, rank: int, finding: Finding, now: float) -> tuple[Sample, Sample]:
+    def _samples(self, rank: int, finding: Finding, now: float) -> tuple[Look, Look]:
         fault = self.fault
         is_here = fault is not None and rank in fault.ranks
-        first = Sample(now - 1.5, "S", 10.0, 100, "main\n  all_reduce\n  wait")
+        first = Look(now - 1.5, "S", 10.0, 100, "main\n  all_reduce\n  wait")
         if is_here and fault is not None and fault.kind == "hang":
             state = "T" if fault.step % 2 else "S"
-            first = replace(first, state=state, stack="main\n  next_batch\n  read")
+            first = structs.replace(first, state=state, stack="main\n  next_batch\n  read")
         elif finding.kind is Kind.NON_COMMUNICATION_HANG and not self._waits(rank):
             # Late, or evaluating: it is somewhere else each time, and computes.
-            return first, replace(first, at=now, stack="main\n  forward", cpu_s=11.0)
-        return first, replace(first, at=now)
+            return first, structs.replace(first, at=now, stack="main\n  forward", cpu_s=11.0)
+        return first, structs.replace(first, at=now)
 
     def _waits(self, rank: int) -> bool:
         """Whether a suspect is one only because what it waits in is not timed."""

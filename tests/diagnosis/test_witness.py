@@ -1,15 +1,15 @@
 """No healthy job is restarted: what the suspects' processes say comes before what timing says."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Kind, Scope
-from ckptd.coordinator.diagnosis.witness import Doing, Sample, Verdict, in_collective, judge
+from ckptd.coordinator.diagnosis.witness import Doing, Verdict, in_collective, judge
+from ckptd.wire import Look
 
 COMPUTING = "train.py:10 main\ntrain.py:20 next_batch\nloader.py:5 read"
 WAITING = "train.py:10 main\ntorch/distributed/distributed_c10d.py:2800 all_reduce\nwait"
-FIRST = Sample(at=100.0, state="S", cpu_s=5.0, io_bytes=1000, stack=COMPUTING)
+FIRST = Look(at=100.0, state="S", cpu_s=5.0, io_bytes=1000, stack=COMPUTING)
 LATER = replace(FIRST, at=101.5)
 
 
@@ -18,7 +18,7 @@ def finding(kind: Kind = Kind.NON_COMMUNICATION_HANG, *suspects: int) -> Finding
     return Finding(1, kind, culprit, 90.0, 95.0, 0.6, "", suspects=suspects or (3,))
 
 
-def verdict(first: Sample, last: Sample, now: float = 102.0) -> tuple[Verdict, Doing]:
+def verdict(first: Look, last: Look, now: float = 102.0) -> tuple[Verdict, Doing]:
     judgement = judge(finding(), {3: (first, last)}, now)
     assert judgement.reason
     return judgement.verdict, judgement.doing[3]
@@ -70,7 +70,7 @@ def test_of_several_suspects_those_that_hang_are_named() -> None:
 
 def test_what_cannot_be_looked_at_proves_nothing() -> None:
     assert judge(finding(), {}, 102.0).verdict is Verdict.WAIT
-    blind = Sample(at=100.0, state=None)
+    blind = Look(at=100.0, state=None)
     assert verdict(blind, replace(blind, at=102.0)) == (Verdict.WAIT, Doing.UNKNOWN)
 
 

@@ -21,7 +21,6 @@ from ckptd.coordinator.diagnosis.policy import Decision, Do, Policy, PolicyLimit
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
 from ckptd.coordinator.diagnosis.witness import (
     Judgement,
-    Sample,
     Verdict,
     WitnessLimits,
     judge,
@@ -317,8 +316,7 @@ class Supervisor:
 
     def _hear_witness(self, case: _Case, now: float) -> None:
         limits = self._parent.settings.witness
-        samples = {rank: _samples(looks) for rank, looks in case.looks.items()}
-        judgement = judge(case.finding, samples, now, limits)
+        judgement = judge(case.finding, case.looks, now, limits)
         case.judgement = judgement
         if judgement.verdict is Verdict.HANGS:
             self._open_incident(case, now)
@@ -635,12 +633,3 @@ class Supervisors:
                 for finding in each.detector.open.values()
             ],
         }
-
-
-def _samples(looks: tuple[Look, Look]) -> tuple[Sample, Sample]:
-    first, last = looks
-    return _sample(first), _sample(last)
-
-
-def _sample(look: Look) -> Sample:
-    return Sample(look.at, look.state, look.cpu_s, look.io_bytes, look.stack)

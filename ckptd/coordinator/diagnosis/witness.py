@@ -10,22 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ckptd.coordinator.diagnosis.finding import Finding, Kind, listed
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One look at a process. What could not be read is None."""
-
-    at: float
-    """Monotonic seconds, by the node that took it."""
-    state: str | None
-    """As /proc shows it: "R", "S", "D", "T", "t", "Z", "X"; "" for a process that is gone."""
-    cpu_s: float | None = None
-    """CPU time of all its threads so far."""
-    io_bytes: int | None = None
-    """Bytes read and written so far."""
-    stack: str | None = None
-    """Of the main thread, innermost call last; text as any sampler gives it, of one format."""
+from ckptd.wire import Look
 
 
 class Doing(Enum):
@@ -102,7 +87,7 @@ def in_collective(stack: str) -> bool:
 
 def judge(
     finding: Finding,
-    samples: Mapping[int, tuple[Sample, Sample]],
+    samples: Mapping[int, tuple[Look, Look]],
     now: float,
     limits: WitnessLimits | None = None,
 ) -> Judgement:
@@ -132,7 +117,7 @@ def judge(
     return _judge_absent(ranks, doing, samples, lasted_s, limits)
 
 
-def look(first: Sample, last: Sample, limits: WitnessLimits) -> Doing:
+def look(first: Look, last: Look, limits: WitnessLimits) -> Doing:
     """What a process did between two samples."""
     if last.state in ("", "Z", "X"):
         return Doing.GONE
@@ -167,7 +152,7 @@ def _judge_transfer(
 def _judge_absent(
     ranks: Mapping[Doing, list[int]],
     doing: dict[int, Doing],
-    samples: Mapping[int, tuple[Sample, Sample]],
+    samples: Mapping[int, tuple[Look, Look]],
     lasted_s: float,
     limits: WitnessLimits,
 ) -> Judgement:
@@ -201,13 +186,13 @@ def _says(ranks: Mapping[Doing, list[int]], what: Doing) -> str:
     return f"rank{'s' if several else ''} {listed(ranks[what])}: {what.value}"
 
 
-def _used_cpu(first: Sample, last: Sample, limits: WitnessLimits) -> bool:
+def _used_cpu(first: Look, last: Look, limits: WitnessLimits) -> bool:
     if first.cpu_s is None or last.cpu_s is None:
         return False
     return last.cpu_s - first.cpu_s > limits.busy_share * (last.at - first.at)
 
 
-def _did_io(first: Sample, last: Sample) -> bool:
+def _did_io(first: Look, last: Look) -> bool:
     return (
         first.io_bytes is not None and last.io_bytes is not None and last.io_bytes != first.io_bytes
     )
