@@ -21,6 +21,7 @@ import msgspec
 
 from ckptd.agent.store import Store
 from ckptd.agent.turns import Pace, Turns
+from ckptd.agent.windows import Windows
 from ckptd.digest import cell_span, digest, unpack_one
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.keys import NONCE_BYTES, ClusterKey
@@ -52,7 +53,7 @@ _MANIFEST_LIMIT_BYTES = 256 << 20
 _ACCEPT_RETRY_S = 0.1
 _SILENCE_S = 10.0
 _PIECE_BYTES = 1 << 20
-_SENT_AT_ONCE = 4
+_SENT_AT_ONCE = 8
 _UNSENT_BYTES = 256 << 10
 _STALL_S = 0.2
 _LEAST_BYTES_PER_S = 64 << 10
@@ -221,6 +222,7 @@ class Peers:
         self._silent_until: dict[str, float] = {}
         self._replies: Decoder[PeerReply] = Decoder(PeerReply, _FRAME_LIMIT_BYTES)
         self._moved: dict[str, tuple[int, int, float]] = {}
+        self.windows = Windows()
         self.name_of: Callable[[str], str] = str
         """The node at an address."""
 
@@ -263,7 +265,7 @@ class Peers:
             conn.settimeout(timeout_s)
             began = time.monotonic()
             payload = self._ask(conn, address, request, len(into))
-            _receive_into(conn, into[: payload.length_bytes])
+            _receive_into(conn, into[: payload.length_bytes], self.windows.arrived)
             if isinstance(request, GetCell | GetParity):  # others wait for what is computed
                 self.note_transfer(address, payload.length_bytes, time.monotonic() - began)
             return payload.length_bytes, payload.digest
@@ -327,7 +329,7 @@ class Peers:
         if time.monotonic() < self._silent_until.get(address, 0.0):
             raise ConnectionError(f"{address} did not answer a moment ago")
         try:
-            with self._open(address) as conn:
+            with self._open(address) as conn, self.windows.one(conn):
                 yield conn
         except TimeoutError:
             self._silent_until[address] = time.monotonic() + _SILENCE_S
@@ -408,7 +410,7 @@ class Pipeline:
             self.unanswered -= 1
             self._timed.popleft()
             raise
-        _receive_into(self._conn, into[: payload.length_bytes])
+        _receive_into(self._conn, into[: payload.length_bytes], self._peers.windows.arrived)
         now = time.monotonic()
         if self._timed.popleft():
             self._peers.note_transfer(self._address, payload.length_bytes, now - self._free_at)
@@ -471,13 +473,16 @@ def _receive_exactly(conn: socket.socket, length: int) -> bytes:
     return bytes(body)
 
 
-def _receive_into(conn: socket.socket, into: memoryview) -> None:
+def _receive_into(
+    conn: socket.socket, into: memoryview, arrived: Callable[[int], None] = lambda size_bytes: None
+) -> None:
     """Fill `into`. Raises OSError, also where the bytes only drip."""
     deadline = time.monotonic() + PEER_TIMEOUT_S + len(into) / _LEAST_BYTES_PER_S
     while len(into):
         received = conn.recv_into(into)
         if not received:
             raise ConnectionResetError("the peer hung up in the middle of a message")
+        arrived(received)
         into = into[received:]
         if len(into) and time.monotonic() > deadline:
             raise TimeoutError(f"the peer sends less than {_LEAST_BYTES_PER_S} bytes a second")

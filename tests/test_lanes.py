@@ -1,5 +1,6 @@
 """Cells in order over one busy connection, and whose turn it is where many want some."""
 
+import itertools
 import random
 import socket
 import struct
@@ -14,6 +15,7 @@ from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.lanes import Lane, Wanted
 from ckptd.agent.store import Store
 from ckptd.agent.turns import Pace, Turns
+from ckptd.agent.windows import Windows
 from ckptd.cli.local_cluster import wait_until
 from ckptd.digest import digest
 from ckptd.errors import Gone
@@ -202,3 +204,50 @@ def _silent_client(address: str, number: int) -> socket.socket:
     frame = encode(request(number))
     conn.sendall(struct.pack("!I", len(frame)) + frame)
     return conn
+
+
+class TestWindows:
+    @pytest.fixture
+    def conns(self) -> Iterator[list[socket.socket]]:
+        with ExitStack() as stack:
+            yield [stack.enter_context(socket.socket()) for _ in range(2)]
+
+    @staticmethod
+    def buffers(conns: list[socket.socket]) -> list[int]:
+        return [conn.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for conn in conns]
+
+    def arrive(self, conns: list[socket.socket], bytes_per_s: float) -> None:
+        """For some seconds, from the first of them."""
+        times = itertools.count(step=0.1)
+        windows = Windows(lambda: next(times))
+        with windows.one(conns[0]), windows.one(conns[1]):
+            for _ in range(30):
+                windows.arrived(int(bytes_per_s / 10))
+
+    def test_connections_get_the_same_window(self, conns: list[socket.socket]) -> None:
+        self.arrive(conns, 12.5e6)
+        first, second = self.buffers(conns)
+        assert first == second
+        assert first / 2 == pytest.approx(12.5e6 * 0.012 / 2, rel=0.3)  # the kernel doubles it
+
+    def test_a_trickle_is_not_throttled_further(self, conns: list[socket.socket]) -> None:
+        self.arrive(conns, 100)
+        assert self.buffers(conns) == [64 << 10] * 2
+
+    def test_a_fast_link_is_left_to_the_kernel(self, conns: list[socket.socket]) -> None:
+        before = self.buffers(conns)
+        self.arrive(conns, 1e12)
+        assert self.buffers(conns) == before
+
+    def test_one_that_is_no_longer_used_has_no_share(self, conns: list[socket.socket]) -> None:
+        times = itertools.count(step=0.1)
+        windows = Windows(lambda: next(times))
+        before = self.buffers(conns)
+        with windows.one(conns[0]):
+            pass
+        with windows.one(conns[1]):
+            for _ in range(30):
+                windows.arrived(1 << 20)
+        idle, used = self.buffers(conns)
+        assert idle == before[0]
+        assert used != before[1]
