@@ -97,6 +97,12 @@ from ckptd.logs import set_up_logs
     help="Lock this file: its holder is the one coordinator, and needs no --take-over. For hosts "
     "that share it, on a file system with locks.",
 )
+@click.option(
+    "--kubernetes-lease",
+    metavar="[NAMESPACE/]NAME",
+    help="Hold this Lease of a Kubernetes cluster, made if it is not there, through kubectl: its "
+    "holder is the one coordinator. While another holds it, wait.",
+)
 @options.key_file
 @options.log_options
 def command(
@@ -113,6 +119,7 @@ def command(
     announce: Path | None,
     take_over: bool,
     lease_file: Path | None,
+    kubernetes_lease: str | None,
     key_file: Path | None,
     log_level: str,
     log_json: bool,
@@ -145,4 +152,16 @@ def command(
         job_quota_bytes=job_quota,
         diagnosis=DiagnosisSettings(policy, Thresholds(window_min_s=window)),
     )
-    run_coordinator(CoordinatorConfig(listen, settings, key_file, announce, take_over, lease_file))
+    if lease_file is not None and kubernetes_lease is not None:
+        raise click.UsageError("--lease-file and --kubernetes-lease: one lease is enough")
+    run_coordinator(
+        CoordinatorConfig(
+            listen,
+            settings,
+            key_file,
+            announce,
+            take_over,
+            lease_file,
+            kubernetes_lease or "",
+        )
+    )

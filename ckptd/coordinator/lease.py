@@ -18,6 +18,11 @@ class Lease(Protocol):
         """Whether its holder is certainly the only one, so that it may take over."""
         ...
 
+    @property
+    def lost(self) -> str:
+        """Why it is no longer held, or ""."""
+        ...
+
     def acquire(self) -> int:
         """Become the holder; returns the highest term that it has seen.
 
@@ -38,6 +43,7 @@ class NoLease:
     """No guarantee: what agents say decides."""
 
     exclusive = False
+    lost = ""
 
     def acquire(self) -> int:
         return 0
@@ -64,6 +70,7 @@ class FileLease:
     """
 
     exclusive = True
+    lost = ""
 
     def __init__(self, path: Path) -> None:
         self._path = path

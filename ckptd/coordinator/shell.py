@@ -21,6 +21,7 @@ import zmq.asyncio
 from ckptd.control import server_socket, start_authenticator
 from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send, Settings
+from ckptd.coordinator.kubernetes_lease import KubernetesLease
 from ckptd.coordinator.lease import FileLease, Lease, NoLease
 from ckptd.coordinator.view import status
 from ckptd.errors import ConfigError, ProtocolError, Superseded
@@ -55,6 +56,8 @@ class CoordinatorConfig:
     """Begin a new term although another coordinator may be alive."""
     lease_file: Path | None = None
     """File whose lock makes its holder the only coordinator."""
+    kubernetes_lease: str = ""
+    """A Lease that does so, as [NAMESPACE/]NAME."""
 
 
 class CoordinatorProcess:
@@ -76,6 +79,8 @@ class CoordinatorProcess:
         self._lease: Lease = NoLease()
         if config.lease_file is not None:
             self._lease = FileLease(config.lease_file)
+        elif config.kubernetes_lease:
+            self._lease = KubernetesLease(config.kubernetes_lease)
         self._bad: set[str] = set()
         self._stopping = asyncio.Event()
 
@@ -161,6 +166,8 @@ class CoordinatorProcess:
 
     async def _keep_time(self) -> None:
         while True:
+            if self._lease.lost:
+                raise Superseded(self._lease.lost)
             now = monotonic()
             await self._send(self._decider.tick(now))
             self._log_events()

@@ -18,6 +18,7 @@ from ckptd.errors import CoordinatorUnreachable
 from ckptd.journal import Entry, Isolated
 from ckptd.segment import read_checked_record
 from ckptd.terms import KeptTerm
+from tests.kubernetes import put_kubectl
 
 from .town import JOB, Town
 
@@ -87,15 +88,22 @@ class Served(Town):
 
     def coordinator(self, name: str, *flags: str) -> str:
         """Start one at an address of its own, to which the service leads; returns the address."""
-        announce = self.directory / f"{name}.address"
-        command = [
-            *(sys.executable, "-m", "ckptd.cli", "coordinator", "--listen", "tcp://127.0.0.1:*"),
-            *("--announce", str(announce), *self._coordinator_flags, *flags),
-        ]
-        self.spawn(name, command)
-        self.addresses[name] = self._announced(name, announce)
+        self.spawn(name, self.coordinator_command(name, *flags))
+        self.announced(name)
         self.lead_to(name)
         return self.addresses[name]
+
+    def coordinator_command(self, name: str, *flags: str) -> list[str]:
+        return [
+            *(sys.executable, "-m", "ckptd.cli", "coordinator", "--listen", "tcp://127.0.0.1:*"),
+            *("--announce", str(self.directory / f"{name}.address")),
+            *(*self._coordinator_flags, *flags),
+        ]
+
+    def announced(self, name: str) -> None:
+        """Wait until it says where it listens."""
+        announce = self.directory / f"{name}.address"
+        self.addresses[name] = self._announced(name, announce)
 
     def lead_to(self, name: str) -> None:
         self.service.lead_to(self.addresses[name])
@@ -264,3 +272,19 @@ def test_who_holds_the_lease_file_needs_no_take_over(served):
     here.wait_for_nodes(1)
     assert here.asked("third")["term"] == 2
     assert json.loads(lease.read_text())["term"] == 2
+
+
+def test_a_second_coordinator_waits_for_the_kubernetes_lease(served, tmp_path, monkeypatch):
+    put_kubectl(tmp_path, monkeypatch)
+    here = served(1)
+    flags = "--lease", "60", "--kubernetes-lease", "training/ckptd"
+    first = here.coordinator("first", *flags)
+    here.open()
+    here.spawn("second", here.coordinator_command("second", *flags))
+    here.wait("the second to wait", lambda: "waiting until the lease" in here.log("second"))
+    assert here.asked("first")["address"] == first
+    here.kill("first")
+    here.announced("second")
+    here.lead_to("second")
+    here.wait_for_nodes(1)
+    assert here.asked("second")["term"] == 2
