@@ -11,7 +11,7 @@ import random
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from time import process_time
 
@@ -33,12 +33,13 @@ from ckptd.wire import (
     Holds,
     LifeResumed,
     Protect,
+    RankLeft,
     RankReport,
     RankState,
     TakeSnapshot,
 )
 
-JOB, ROUND = "job", "r1"
+JOB = "job"
 RANKS_PER_NODE = 8
 SLOTS = 2
 SIZE_BYTES = 64 << 20
@@ -56,10 +57,10 @@ class Rank:
     seen_step: int = 0
     free_slots: int = 0
 
-    def state(self, world_size: int) -> RankState:
+    def state(self, round: str, world_size: int) -> RankState:
         return RankState(
             JOB,
-            ROUND,
+            round,
             self.life,
             self.number,
             world_size,
@@ -97,6 +98,20 @@ class Node:
     def attach(self) -> None:
         for rank in self.ranks:
             self._report(rank)
+
+    def resume(self, step: int) -> None:
+        for rank in self.ranks:
+            rank.step = step
+        self.attach()
+
+    def leave(self) -> None:
+        """Its trainers are gone; what they have sealed is held."""
+        for rank in self.ranks:
+            self._say(
+                RankLeft(JOB, self._cluster.round, rank.life, rank.number, "killed", finished=False)
+            )
+            rank.step = 0
+        self._tickets.clear()
 
     def hear(self, message: CoordinatorMessage) -> None:
         match message:
@@ -146,7 +161,7 @@ class Node:
         self._say(Holds(holding))
 
     def _report(self, rank: Rank) -> None:
-        self._say(RankReport(rank.state(self._cluster.world_size)))
+        self._say(RankReport(rank.state(self._cluster.round, self._cluster.world_size)))
 
     def _say(self, message: AgentMessage) -> None:
         self._cluster.said.append((self.peer, message))
@@ -158,6 +173,7 @@ class Cluster:
     def __init__(self, nodes: int) -> None:
         self.world_size = nodes * RANKS_PER_NODE
         self.now, self.cpu_s, self.messages = 1000.0, 0.0, 0
+        self.round = ""
         self.said: deque[tuple[bytes, AgentMessage]] = deque()
         self.coordinator = Coordinator(SETTINGS, self.now)
         self.nodes = [Node(self, number) for number in range(nodes)]
@@ -197,16 +213,35 @@ class Cluster:
         for _ in range(int(SETTINGS.lease_s) + 1):
             self.now += 1.0
             self._beats()
-        self.said.append((self.nodes[0].peer, AskResumeFor(JOB, ROUND, ())))
+        self._begin_life(0)
+
+    def restart(self) -> None:
+        """All trainers die, and come back."""
+        step = self.protected.step
+        for node in self._random.sample(self.nodes, len(self.nodes)):
+            node.leave()
+        self.settle()
+        self._begin_life(step)
+
+    def _begin_life(self, step: int) -> None:
+        self.round = f"r{self.nodes[0].ranks[0].life + 1}"
+        self.said.append((self.nodes[0].peer, AskResumeFor(JOB, self.round, ())))
+        order = self._random.sample(self.nodes, len(self.nodes))
         for node in order:
             node.attach()
         self.settle()
         life = self.nodes[0].ranks[0].life
-        assert life == 1, "the job has no life"
-        self.said.append((self.nodes[0].peer, LifeResumed(JOB, life, 0)))
+        assert life, "the job has no life"
+        self.said.append((self.nodes[0].peer, LifeResumed(JOB, life, step)))
         for node in order:
-            node.attach()
+            node.resume(step)
         self.settle()
+
+    def idle(self, seconds: int) -> None:
+        """Nothing but heartbeats."""
+        for _ in range(seconds):
+            self._beats()
+            self._pass_a_second()
 
     def train(self, steps: int) -> None:
         """A second for each step; everybody in an order of its own."""
@@ -216,10 +251,13 @@ class Cluster:
                 node.step(step)
             self.settle()
             self._beats()
-            for _ in range(TICKS_PER_S):
-                self.now += 1 / TICKS_PER_S
-                self._decide(self._tick)
-                self.settle()
+            self._pass_a_second()
+
+    def _pass_a_second(self) -> None:
+        for _ in range(TICKS_PER_S):
+            self.now += 1 / TICKS_PER_S
+            self._decide(self._tick)
+            self.settle()
 
     def _beats(self) -> None:
         for node in self.nodes:
@@ -240,8 +278,12 @@ class Figures:
     ranks: int
     start_cpu_s: float
     """From the first Hello to the first step."""
+    idle_cpu_s_per_s: float
+    """With nothing but heartbeats: CPU seconds for each simulated second."""
     cpu_s_per_s: float
-    """While it trains: CPU seconds for each simulated second."""
+    """While it trains."""
+    restart_cpu_s: float
+    """From the death of all trainers to the first step of the next life."""
     messages_per_s: float
     """In both directions."""
     memory_mib: float
@@ -251,18 +293,27 @@ class Figures:
 
 def measure(nodes: int, steps: int, memory: bool = True) -> Figures:
     """Live through `steps` seconds of training, after a few to get going."""
-    cluster = Cluster(nodes)
-    cluster.start()
-    start_s, cluster.cpu_s = cluster.cpu_s, 0.0
+    figures = _lives(Cluster(nodes), steps)
+    # Not while another cluster is in memory.
+    return replace(figures, memory_mib=_memory_mib(nodes)) if memory else figures
+
+
+def _lives(cluster: Cluster, steps: int) -> Figures:
+    def cpu_s(live: Callable[[], None]) -> float:
+        cluster.cpu_s, cluster.messages = 0.0, 0
+        live()
+        return cluster.cpu_s
+
+    start_s = cpu_s(cluster.start)
+    idle_s = cpu_s(lambda: cluster.idle(steps)) / steps
     cluster.train(3)
-    cluster.cpu_s, cluster.messages = 0.0, 0
-    cluster.train(steps)
-    cpu_s, messages = cluster.cpu_s / steps, cluster.messages / steps
+    train_s = cpu_s(lambda: cluster.train(steps)) / steps
+    messages = cluster.messages / steps
     newest = str(cluster.protected)
-    del cluster
+    restart_s = cpu_s(cluster.restart)
     return Figures(
-        nodes, nodes * RANKS_PER_NODE, start_s, cpu_s, messages,
-        _memory_mib(nodes) if memory else 0.0, newest,
+        len(cluster.nodes), cluster.world_size, start_s, idle_s, train_s, restart_s, messages,
+        0.0, newest,
     )  # fmt: skip
 
 
@@ -288,7 +339,10 @@ def _memory_mib(nodes: int) -> float:
 def main(nodes: tuple[int, ...], steps: int, memory: bool, as_json: bool) -> None:
     """Print what one coordinator needs, by the number of nodes."""
     if not as_json:
-        click.echo(" nodes   ranks  start, CPU s  CPU s per s  messages per s  memory, MiB")
+        click.echo(
+            " nodes   ranks  start, CPU s  idle, CPU s per s  CPU s per s  restart, CPU s"
+            "  messages per s  memory, MiB"
+        )
     for count in nodes:
         found = measure(count, steps, memory)
         if as_json:
@@ -296,7 +350,9 @@ def main(nodes: tuple[int, ...], steps: int, memory: bool, as_json: bool) -> Non
         else:
             click.echo(
                 f"{found.nodes:6}  {found.ranks:6}  {found.start_cpu_s:12.2f}  "
-                f"{found.cpu_s_per_s:11.4f}  {found.messages_per_s:14.0f}  {found.memory_mib:11.1f}"
+                f"{found.idle_cpu_s_per_s:17.4f}  {found.cpu_s_per_s:11.4f}  "
+                f"{found.restart_cpu_s:14.2f}  {found.messages_per_s:14.0f}  "
+                f"{found.memory_mib:11.1f}"
             )
 
 
