@@ -1,12 +1,14 @@
 """`ckptd bench network | protect | rebuild`, with all their processes."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
-from ckptd.cli import netns
+from ckptd.cli import bench_transfer, netns
 
 SMALL = ("--image", "256KiB", "--cell-size", "16KiB", "--repeats", "2", "--json")
 
@@ -16,6 +18,11 @@ def bench(*words, fails=False):
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert (result.returncode != 0) == fails, result.stderr
     return result.stderr if fails else json.loads(result.stdout)
+
+
+def namespaces():
+    names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in names.splitlines()}
 
 
 def test_network_over_loopback():
@@ -47,10 +54,19 @@ class TestOverShapedLinks:
         assert again["seconds"]["median"] > found["seconds"]["median"]
         assert 0.9 < again["received_ratio"]["median"] < 1.2, "to (1+m/k) images"
 
-    def test_nothing_is_left_behind(self):
-        bench("network", "--rate", "100Mbit/s", *SMALL)
-        names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-        assert "ckptd-" not in names
+    def test_nothing_is_left_behind(self, monkeypatch):
+        mark = f"{os.getpid():x}"
+        monkeypatch.setattr(netns.secrets, "token_hex", lambda size: mark)
+        seen = set()
+        plain = bench_transfer.Node
+        monkeypatch.setattr(
+            bench_transfer, "Node", lambda *node: seen.update(namespaces()) or plain(*node)
+        )
+        result = CliRunner().invoke(bench_transfer.network, SMALL)
+        assert result.exit_code == 0, result.output
+        mine = {name for name in seen if mark in name}
+        assert mine
+        assert not mine & namespaces()
 
 
 def test_a_code_that_is_none_is_named():

@@ -129,34 +129,28 @@ class KubernetesLease:
             ) from None
 
     def _renew(self) -> None:
-        while not self._stop.wait(self._duration_s / 3):
+        while not self.lost and not self._stop.wait(self._duration_s / 3):
             try:
                 with self._mutex:
-                    self._write("replace", self._lease)
-            except _Changed:
-                self._look()
+                    self._renew_once()
             except _Unreachable as error:
                 log.warning("cannot renew the lease", lease=self._name, error=str(error))
-            except ConfigError as error:
+            except CkptdError as error:
                 self.lost = str(error)
             # Before anybody else may think that it is free.
             if not self.lost and time.monotonic() > self._renewed_s + self._duration_s * 2 / 3:
                 self.lost = f"the lease {self._name} could not be renewed in time"
-            if self.lost:
-                return
 
-    def _look(self) -> None:
-        """Whether somebody holds it now, or has only written to it."""
+    def _renew_once(self) -> None:
         try:
+            self._write("replace", self._lease)
+        except _Changed:
             found = self._read()
-        except _Unreachable:
-            return
-        holder = found.get("spec", {}).get("holderIdentity") if found else None
-        if found is None or holder != self.holder:
-            self.lost = f"the lease {self._name} has another holder: {holder or 'nobody'}"
-        else:
-            with self._mutex:
-                self._lease = found
+            holder = found.get("spec", {}).get("holderIdentity") if found else None
+            if found is None or holder != self.holder:
+                self.lost = f"the lease {self._name} has another holder: {holder or 'nobody'}"
+            else:  # somebody has noted something in it
+                self._write("replace", found)
 
     def _read(self) -> dict[str, Any] | None:
         text = self._kubectl("get", "lease", self._name, "--ignore-not-found")
