@@ -149,7 +149,7 @@ class CellServer:
 
     def _manifest(self, request: GetManifest) -> NodeManifest:
         if request.node == self._node:
-            return self._store.node_manifest(request.id, self._node)
+            return self._store.known_manifest(request.id, self._node)
         return self._store.read_node_manifest(request.id, request.node)
 
     def _send_cell(self, conn: socket.socket, request: GetCell) -> None:

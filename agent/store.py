@@ -228,6 +228,24 @@ class Store:
             tuple(SegmentDigests(s.rank, s.size_bytes, s.digests) for s in sidecars),
         )
 
+    def known_manifest(self, id: SnapshotId, node: str) -> NodeManifest:
+        """This node's manifest, with what its group told it of segments that it had before.
+
+        It may have been emptied and hold others' now, while its name still stands for the place
+        that it had first. Raises Gone or CorruptData.
+        """
+        try:
+            kept = self.read_node_manifest(id, node)
+        except (Gone, CorruptData):
+            return self.node_manifest(id, node)
+        try:
+            own = self.node_manifest(id, node)
+        except Gone:
+            return kept
+        here = {segment.rank for segment in own.segments}
+        before = (segment for segment in kept.segments if segment.rank not in here)
+        return NodeManifest(id, node, own.cell_bytes, (*own.segments, *before))
+
     # Parity.
 
     def publish_parity(

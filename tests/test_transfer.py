@@ -26,7 +26,7 @@ from ckptd.digest import cell_count, digest
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey
-from ckptd.manifest import NodeManifest
+from ckptd.manifest import NodeManifest, SegmentDigests
 from ckptd.segment import ParitySidecar
 from ckptd.wire import (
     GetCell,
@@ -842,6 +842,14 @@ class TestPeersThatMisbehave:
         for cell in (1000, 2**60):
             with pytest.raises(Gone, match=r"has \d+ cells"):
                 node.peers.fetch(node.address, GetCell(ID, rank, cell), memoryview(bytearray(1)))
+
+    def test_digests_of_a_place_that_the_node_had_before(self, node: Node) -> None:
+        """It was emptied, holds others' segments now, and was told by its group what it had."""
+        had = SegmentDigests(77, 8, b"digest77")
+        node.store.keep_node_manifest(NodeManifest(ID, node.name, CELL_BYTES, (had,)))
+        own = node.store.node_manifest(ID, node.name)
+        known = node.peers.fetch_manifest(node.address, GetManifest(ID, node.name))
+        assert known.segments == (*own.segments, had)
 
     def test_a_manifest_that_is_damaged_at_rest(self, node: Node) -> None:
         node.store.keep_node_manifest(NodeManifest(ID, "b", CELL_BYTES, ()))

@@ -328,8 +328,9 @@ class Agent:
         )
 
     def node_manifest(self, id: SnapshotId, node: str) -> dict[int, State] | None:
-        """The digests of a node's segments: this one's own, or one that it keeps."""
+        """The digests of a node's segments: those that it keeps, and with its own name its own."""
+        kept = self.disk.node_manifests.get((id, node))
         if node != self.machine.name:
-            return self.disk.node_manifests.get((id, node))
+            return kept
         own = {rank: digests for (of, rank), (_, digests) in self.segments.items() if of == id}
-        return own or None
+        return {**(kept or {}), **own} or None

@@ -119,7 +119,7 @@ class EncodeRun:
             if found is None:
                 self._agent.in_background(_AGAIN_S, self._collect_manifests)
                 return
-            if self._again or member.node != self._agent.machine.name:
+            if member.node != self._agent.machine.name:
                 self._agent.disk.node_manifests[id, member.origin] = dict(found)
         self._encode()
 
