@@ -18,7 +18,7 @@ from ckptd import errors
 from ckptd.config import trainer_config, watch_config
 from ckptd.errors import CaptureFailure, CkptdError, ConfigError, CorruptData, StateMismatch
 from ckptd.ids import SnapshotId
-from ckptd.segment import parse_header
+from ckptd.segment import Sidecar, parse_header, read_checked_record, sidecar_path
 from ckptd.trainer import embedded, timing, worker_server
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.capture import Capture, CaptureStats, LayoutChanged
@@ -338,8 +338,10 @@ class Checkpointer:
             return b""
         rank = self._agreement.rank if self._agreement is not None else 0
         try:
-            path = self._client.restore(decision.life, decision.id, rank, deadline)
-            self._load(Path(path), decision.id, rank, deadline)
+            try:
+                self._load(decision.id, rank, deadline)
+            except CorruptData:
+                self._load(decision.id, rank, deadline)  # the agent mends what it finds
         except Exception as error:  # the other ranks must hear of it, whatever it is
             return f"{type(error).__name__}: rank {rank}: {error}"[:1000].encode()
         return b""
@@ -352,8 +354,10 @@ class Checkpointer:
                 if text.startswith(prefix):
                     raise kind(text.removeprefix(prefix))
 
-    def _load(self, path: Path, id: SnapshotId, rank: int, deadline: float) -> None:
+    def _load(self, id: SnapshotId, rank: int, deadline: float) -> None:
+        path = Path(self._client.restore(self._life, id, rank, deadline))
         own = self._open_segment(path, id, rank)
+        opened = [(path, own)]
         header = own.header
         world_size = self._agreement.world_size if self._agreement is not None else 1
         if header.world_size != world_size:
@@ -361,15 +365,16 @@ class Checkpointer:
                 f"{id} was taken by {header.world_size} ranks, and {world_size} are running; "
                 "start as many"
             )
-        others = []
         for other in sorted({other for ranks in header.shares for other in ranks} - {rank}):
-            there = self._client.restore(self._life, id, other, deadline)
-            others.append(self._open_segment(Path(there), id, other))
+            there = Path(self._client.restore(self._life, id, other, deadline))
+            opened.append((there, self._open_segment(there, id, other)))
         end = header.objects_begin + header.objects_bytes
         objects = load_objects(bytes(own.data[header.objects_begin : end]))
-        saved = SavedState(own, others, objects)
+        saved = SavedState(own, [segment for _, segment in opened[1:]], objects)
         check_fits(self._state, saved, str(id))
         load(self._state, saved)
+        for where, segment in opened:
+            segment.verify(read_checked_record(sidecar_path(where), Sidecar))
 
     def _open_segment(self, path: Path, id: SnapshotId, rank: int) -> OpenSegment:
         what = f"rank {rank}'s segment of {id}"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from ckptd.digest import cell_span, digest, pack
 from ckptd.errors import CorruptData, StateMismatch
-from ckptd.segment import Header, Placed, TensorSpec
+from ckptd.segment import Header, Placed, Sidecar, TensorSpec
 from ckptd.trainer.state import (
     TORCH_DTYPES,
     LiveState,
@@ -36,6 +37,23 @@ class OpenSegment:
             self.data, dtype=torch.uint8, offset=placed.begin, count=placed.end - placed.begin
         )
         return raw.view(dtype).reshape(placed.spec.shape)
+
+    def verify(self, sidecar: Sidecar) -> None:
+        """Raises CorruptData if a cell does not have the digest that it had when it was captured.
+
+        The agent has looked before; what has happened since is found after loading.
+        """
+        said = (sidecar.id, sidecar.rank, sidecar.size_bytes)
+        if said != (self.header.id, self.header.rank, self.header.size_bytes):
+            raise CorruptData(f"the digests of {sidecar.id}, rank {sidecar.rank}, are of another")
+        spans = (
+            cell_span(index, sidecar.size_bytes, sidecar.cell_bytes)
+            for index in range(sidecar.cells)
+        )
+        found = pack(digest(self.data[offset : offset + length]) for offset, length in spans)
+        if found != sidecar.digests:
+            what = f"rank {sidecar.rank}'s segment of {sidecar.id}"
+            raise CorruptData(f"{what} was damaged after its agent had looked at it")
 
 
 class SavedState:

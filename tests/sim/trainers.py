@@ -40,6 +40,8 @@ class Trainer(Local):
         self.memory: State | None = None
         """What has been loaded."""
         self.opened = False
+        self._again = False
+        """Whether it loads for the second time what was damaged the first."""
         self._asked: object = None
         """The request that waits for an answer, asked again on a new connection."""
         self._layout = False
@@ -122,9 +124,9 @@ class Trainer(Local):
 
     # Loading.
 
-    def load(self, life: int, id: SnapshotId | None) -> None:
+    def load(self, life: int, id: SnapshotId | None, again: bool = False) -> None:
         """Bring the segments here that this rank needs: its own and, perhaps, others'."""
-        self.life = life
+        self.life, self._again = life, again
         if id is None:
             self.memory = State(self.run.job.name, self.rank, 0, "")
             self.run.loaded(self, "")
@@ -136,7 +138,16 @@ class Trainer(Local):
     def _load(self, id: SnapshotId, rank: int, path: str) -> None:
         if self.run.over:
             return  # it wakes up in a time that is not its own; nobody waits for it
-        file = self.machine.disk.files.get(path.removeprefix("/"))
+        name = path.removeprefix("/")
+        file, seal = self.machine.disk.files.get(name), self.machine.disk.seals.get(name)
+        if file is not None and seal is not None and file.data != seal.digests:
+            # As the Checkpointer does: once more, then it says so.
+            self.world.count("segment damaged after its agent looked")
+            if self._again:
+                self.run.loaded(self, f"{name} is damaged")
+            else:
+                self.load(self.life, id, again=True)
+            return
         self.world.truth.loaded(self, id, rank, file)
         if rank == self.rank:
             self.memory = file.data  # type: ignore[union-attr, assignment]

@@ -9,7 +9,8 @@ import torch
 
 from ckptd import Checkpointer
 from ckptd.cli.local_cluster import wait_until
-from ckptd.errors import CaptureFailure
+from ckptd.errors import CaptureFailure, CkptdError
+from ckptd.trainer.client import AgentClient
 
 from .town import JOB, Town
 
@@ -95,3 +96,42 @@ def test_a_capture_that_fails_is_raised_if_strict(town):
         moody.bad = False
         sealed = ckpt.stats.sealed
         step_until(ckpt, steps, "another snapshot", lambda: ckpt.stats.sealed > sealed)
+
+
+def test_a_segment_that_is_damaged_after_its_agent_looked_is_not_taken(town, monkeypatch):
+    here = town(1)
+    ckpt, _ = begin(here, strict=True)
+    with ckpt:
+        step_until(ckpt, count(1), "a snapshot", lambda: ckpt.stats.sealed)
+    asked = AgentClient.restore
+    damaged: list[Path] = []
+
+    def flip(path):
+        with path.open("r+b") as file:
+            file.seek(-1, 2)
+            (last,) = file.read(1)
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+
+    def restore(self, *args):
+        """It is damaged the first time."""
+        path = Path(asked(self, *args))
+        if not damaged:
+            flip(path)
+            damaged.append(path)
+        return str(path)
+
+    def mend_and_restore(self, *args):
+        for path in damaged:
+            flip(path)
+        return restore(self, *args)
+
+    monkeypatch.setattr(AgentClient, "restore", restore)
+    with pytest.raises(CkptdError, match="could not be loaded"):
+        begin(here, strict=True)  # the agent finds it, too, when it is asked once more
+    flip(damaged.pop())
+    monkeypatch.setattr(AgentClient, "restore", mend_and_restore)
+    ckpt, _ = begin(here, strict=True)
+    with ckpt:
+        assert damaged, "it was asked twice"
+        assert ckpt.life > 1
