@@ -1,6 +1,7 @@
 """Which snapshots are kept beside the newest, and which of them a job can go back to. Pure."""
 
 from collections.abc import Mapping
+from itertools import islice
 
 from ckptd.coordinator import recovery
 from ckptd.coordinator.choice import live_holdings, origin
@@ -14,32 +15,37 @@ def kept(
 ) -> set[SnapshotId]:
     """What stays when `newest` is committed: itself, and of its path the newest protected ones.
 
-    They are as many as the job keeps. `wanted`, to which somebody wants to go back, is one of them;
-    it stays beside `newest` even where only one is kept. So does what the life that runs began
-    from, whatever newer ones of lives before there are: it could not load them.
+    They are as many as the job keeps. `wanted`, to which somebody wants to go back, stays whatever
+    it is, even where only one is kept; where it is one of the path, another goes for it. So does
+    what the life that runs began from, whatever newer ones of lives before there are: it could not
+    load them.
     """
-    found = {newest.id} if wanted is None else {newest.id, wanted}
+    pinned = set() if wanted is None else {wanted}
     record = job.record
     if record is not None and newest.id.life < record.life and (start := origin(record)):
-        found.add(start)
+        pinned.add(start)
     ancestors = newest.manifest.ancestors if newest.manifest is not None else ()
-    for id in sorted(job.snapshots, reverse=True):
-        if len(found) >= job.keep:
-            break
-        if is_ancestor(id, newest.id, ancestors) and is_safe(job.snapshots[id], nodes):
-            found.add(id)
-    return found
+    path = (
+        id
+        for id in sorted(job.snapshots, key=lambda id: (id in pinned, id), reverse=True)
+        if is_ancestor(id, newest.id, ancestors) and is_safe(job.snapshots[id], nodes)
+    )
+    return {newest.id, *pinned, *islice(path, job.keep - 1)}
 
 
 def is_safe(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:
-    """Whether it is protected, as far as its nodes can, and can be restored."""
+    """Whether it can be restored, and was protected as far as its nodes can, or is as good as that.
+
+    A coordinator that was not there when it was protected knows only what is left of it.
+    """
     manifest = snapshot.manifest
-    if manifest is None:
-        return False
-    alone = not any(group.parity_shards for group in manifest.groups)
-    if snapshot.state is not State.PROTECTED and not (alone and snapshot.state is State.SEALED):
+    if manifest is None or snapshot.state not in (State.SEALED, State.PROTECTED):
         return False
     holdings = live_holdings(nodes, snapshot.id)
+    if snapshot.state is State.SEALED:
+        shards = [group.parity_shards for group in manifest.groups if group.parity_shards]
+        if shards and recovery.margin(manifest, holdings) < min(shards):
+            return False
     return recovery.judge(manifest, snapshot.world_size, holdings).restorable
 
 

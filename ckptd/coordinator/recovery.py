@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
-from ckptd.manifest import JobManifest
+from ckptd.manifest import Group, JobManifest
 from ckptd.wire import Holding, Source
 
 RANKS_NAMED = 8
@@ -98,21 +99,46 @@ def has_all_parity(manifest: JobManifest | None, holdings: Holdings) -> bool:
 
 
 def margin(manifest: JobManifest | None, holdings: Holdings) -> int:
-    """How many more nodes of a group may surely be lost, whichever they are."""
+    """How many more nodes of each group may surely be lost, whichever they are.
+
+    Copies count, wherever they are; but no more losses than there is parity for.
+    """
     if manifest is None:
         return 0
     held = rank_holders(holdings)
-    spare = [
-        sum(
-            member.node in holdings
-            and holdings[member.node].parity
-            and all(extent.rank in held for extent in member.extents)
-            for member in group.members
-        )
-        - group.data_shards
-        for group in manifest.groups
+    return min((_margin(group, held, holdings) for group in manifest.groups), default=0)
+
+
+def _margin(group: Group, held: Mapping[int, tuple[str, ...]], holdings: Holdings) -> int:
+    ranks = [extent.rank for member in group.members for extent in member.extents]
+    nodes = {member.node for member in group.members}
+    nodes.update(*(held.get(rank, ()) for rank in ranks))
+    for losses in range(1, group.parity_shards + 1):
+        for lost in combinations(sorted(nodes), losses):
+            if not _survives(group, held, holdings, lost):
+                return losses - 1
+    return group.parity_shards
+
+
+def _survives(
+    group: Group,
+    held: Mapping[int, tuple[str, ...]],
+    holdings: Holdings,
+    lost: tuple[str, ...],
+) -> bool:
+    """Whether all data is left, or data and parity of as many members as the code needs."""
+    whole = [
+        all(set(held.get(extent.rank, ())).difference(lost) for extent in member.extents)
+        for member in group.members
     ]
-    return max(0, min(spare, default=0))
+    left = (
+        data
+        and member.node not in lost
+        and member.node in holdings
+        and holdings[member.node].parity
+        for data, member in zip(whole, group.members, strict=True)
+    )
+    return all(whole) or sum(left) >= group.data_shards
 
 
 def source(manifest: JobManifest | None, holdings: Holdings, cells: Mapping[str, str]) -> Source:

@@ -94,6 +94,16 @@ class TestKeep:
             cluster.encode(name, newest)
         assert protected(cluster) == [*made, newest]
 
+    def test_what_is_wanted_counts_among_them_only_if_it_was_protected(self) -> None:
+        cluster, made = training(2, snapshots=2)
+        cluster.free(slots=2)
+        first, wanted = sorted(id for id in cluster.tickets("a") if id > made[-1])[:2]
+        cluster.seal_all(wanted)
+        assert go_back(cluster, wanted) == ""
+        cluster.protect(first)
+        assert protected(cluster) == [made[-1], first]
+        assert wanted in cluster.coordinator.jobs[JOB].snapshots
+
     def test_snapshots_of_lives_before_are_kept_as_well(self) -> None:
         cluster, made = training(3, snapshots=3)
         cluster.stop_job()
