@@ -45,6 +45,7 @@ from ckptd.wire import (
     Holding,
     Holds,
     KeepEntries,
+    Kept,
     KillWorkers,
     LauncherWaiting,
     LayoutOpened,
@@ -431,6 +432,7 @@ class Lifecycle:
                 news = self.journal.merge(message.entries)
                 if news:
                     self._do(ev.KeepEntries(tuple(news)))
+                self._report(Kept(self.journal.summary))
             case Dismiss() as message:
                 self.dismissed = message.reason
                 self._problem(f"refused by the coordinator: {message.reason}")

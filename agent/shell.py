@@ -242,7 +242,7 @@ class Agent:
                 self._loop.call_soon(self._handle, ev.Trouble(reason))
                 if isinstance(action, ev.KeepTerm):
                     self._handle(ev.TermNotKept(str(error)))
-                if not isinstance(action, ev.KeepRecord | ev.KeepEntries):
+                if not isinstance(action, ev.KeepRecord):
                     break
         if self._lifecycle.dismissed:
             self._stopping.set()

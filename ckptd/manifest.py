@@ -159,7 +159,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     Given to every agent of the cluster when a life is granted, so that it outlives the coordinator
     and the nodes of the job. `nodes` maps each node of the life to the token of its memory
     directory: another token means that the node came back with nothing. `keep`: how many protected
-    snapshots are kept.
+    snapshots are kept. `holders`: other nodes that hold something of what the life begins from.
     """
 
     job: JobId
@@ -168,6 +168,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     ancestors: tuple[Ancestor, ...]
     keep: Annotated[int, msgspec.Meta(ge=1)] = 1
     given_up: tuple[GivenUp, ...] = ()
+    holders: tuple[NodeId, ...] = ()
 
     def has_given_up(self, id: SnapshotId) -> bool:
         """Whether a rollback went back past `id`, so that the job must not go on from it."""

@@ -398,6 +398,12 @@ class Entries(Message, frozen=True):
     entries: tuple[Entry, ...]
 
 
+class Kept(Message, frozen=True):
+    """Answer to KeepEntries: what this agent keeps of the journal now, stored."""
+
+    log: LogSummary
+
+
 class Sketched(Message, frozen=True):
     """How far the ranks of a node have come in their collectives."""
 
@@ -474,6 +480,7 @@ AgentMessage = (
     | LauncherWaiting
     | Outdated
     | Entries
+    | Kept
     | Sketched
     | Looked
     | Collected

@@ -39,6 +39,7 @@ MESSAGES: list[tuple[object, Message]] = [
                                    7, OBEYED, LogSummary(1, (2, 3), 2**64 - 1))),
     (wire.AgentMessage, wire.Outdated(OBEYED)),
     (wire.AgentMessage, wire.Entries(ENTRIES)),
+    (wire.AgentMessage, wire.Kept(LogSummary(1, (2, 3), 4))),
     (wire.AgentMessage, wire.SegmentReady("job", 2, 1, ID, 3, 4)),
     (wire.CoordinatorMessage, wire.Grant("job", "r", 2, ID, "why", RECORD, SOURCE, 0.5)),
     (wire.CoordinatorMessage, wire.Protect(MANIFEST, {"a": "127.0.0.1:1"})),

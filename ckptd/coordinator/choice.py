@@ -141,7 +141,8 @@ def live_holdings(nodes: Mapping[str, Node], id: SnapshotId) -> dict[str, Holdin
 
 def expected_nodes(job: Job) -> set[str]:
     """Nodes that may hold something of the job, as far as is known."""
-    expected = set(job.record.nodes if job.record is not None else ())
+    record = job.record
+    expected = set() if record is None else {*record.nodes, *record.holders}
     for snapshot in job.snapshots.values():
         expected |= members_of(snapshot.manifest)
     return expected

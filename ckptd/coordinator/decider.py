@@ -68,6 +68,7 @@ from ckptd.wire import (
     Hello,
     Holding,
     Holds,
+    Kept,
     LauncherWaiting,
     LifeResumed,
     Looked,
@@ -208,6 +209,8 @@ class Coordinator:
                 self._replicate(self._replication.answered(name, message.entries))
                 for job in list(self.jobs.values()):
                     self._consider_resume(job, now)
+            case Kept():
+                self._replication.kept(name, message.log)
             case Holds():
                 self._holds(name, message.holding, now)
                 self._look_again(message.holding.id.job, now)
@@ -262,7 +265,7 @@ class Coordinator:
                 for snapshot in list(job.snapshots.values()):
                     undecided = snapshot.unprotected and not snapshot.reason
                     if undecided and snapshot.state is State.SEALED:
-                        self._give_up(job, snapshot, snapshot.unprotected, now)
+                        self._judge_unprotected(job, snapshot, now)
             self._look_at_parity(job, now)
             self._rebuild_lost(job, now)
             self._make_room(job, now)
@@ -314,6 +317,11 @@ class Coordinator:
     def take_actions(self) -> list[Send]:
         """Actions of `remove_job`, `say` and `obey`."""
         return self._flush()
+
+    @property
+    def forgetful(self) -> tuple[str, ...]:
+        """Live nodes that do not keep all yet that was asked for, and would outlive this."""
+        return self._replication.lacking
 
     def rollback_of(self, job: Job) -> SnapshotId | None:
         """The snapshot from which somebody wants the job to resume next."""
@@ -532,6 +540,7 @@ class Coordinator:
         silent_s = now - node.last_seen
         self._event(now, "node_lost", "", f"{name} is lost: silent for {silent_s:.1f} s", node=name)
         self._inventory.lose(name, node.holdings)
+        node.held = frozenset(node.holdings)
         node.holdings, node.fetching, node.recoding = {}, (), ()
         self._replicate(self._replication.lost(name, now))
         for job in self.jobs.values():
@@ -632,6 +641,8 @@ class Coordinator:
                     job.resumed = True
                     job.pacer.start(state.step, now)
         if state.life == job.life and state.life:
+            if before is not None and before.state.step < state.step:
+                job.moved_at = now
             job.pacer.observe(state.step, now)
             if before is not None and before.state.seen_step < state.seen_step:
                 job.pacer.arrived(state.seen_step, state.step)
@@ -880,15 +891,19 @@ class Coordinator:
             self._end(job, snapshot, state, f"{node}: {message.reason}", now)
 
     def _give_up(self, job: Job, snapshot: Snapshot, reason: str, now: float) -> None:
-        """A snapshot that all ranks have sealed will not be protected: is it worth its memory?
+        """A snapshot that all ranks have sealed will not be protected, for all that is known."""
+        snapshot.unprotected, snapshot.unprotected_at = reason, now
+        self._judge_unprotected(job, snapshot, now)
+
+    def _judge_unprotected(self, job: Job, snapshot: Snapshot, now: float) -> None:
+        """Is it worth its memory? If that is not certain yet, `tick` looks again.
 
         It may have been protected before, and its nodes may be needed to restore it. So it goes
         only for a better one, or when it is certain that it cannot be restored.
         """
-        snapshot.unprotected = reason
         if now < self._settled_at:
-            return  # `tick` looks again: too few nodes have been heard
-        holdings = self.live_holdings(snapshot.id)
+            return  # too few nodes have been heard
+        reason, holdings = snapshot.unprotected, self.live_holdings(snapshot.id)
         verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
         nodes = choice.members_of(snapshot.manifest)
         wanted = snapshot.id == self.rollback_of(job)
@@ -901,9 +916,14 @@ class Coordinator:
             if better > snapshot.id or (snapshot.id.life == job.life and self._runs(job)):
                 self._end(job, snapshot, State.DROPPED, reason, now)
         elif verdict.restorable:
-            snapshot.reason = f"not protected: {reason}"
-            self._commit(job, snapshot, now)
-        elif all(name in self.nodes and self.nodes[name].live for name in nodes):
+            # A node that has just died may be why it failed, and is still thought to hold its part.
+            sure_at = snapshot.unprotected_at + self.settings.beat_s
+            if all(self.nodes[name].last_seen >= sure_at for name in holdings):
+                snapshot.reason = f"not protected: {reason}"
+                self._commit(job, snapshot, now)
+        elif all(name in self.nodes and self.nodes[name].live for name in nodes) and not any(
+            snapshot.id in node.held for node in self.nodes.values()
+        ):
             # Lost, not dropped: the job has had a snapshot, and must not start from nothing.
             self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
 
@@ -1289,8 +1309,8 @@ class Coordinator:
         manifest = snapshot.manifest
         if manifest is None or job.has_given_up(snapshot.id):
             return
-        if self._replication.awaited:
-            job.uncommitted = snapshot.id  # somebody may want to go back to what it would retire
+        if not self._may_retire(job, snapshot.id):
+            job.uncommitted.add(snapshot.id)
             return
         if any(
             other.state is State.PROTECTED
@@ -1326,13 +1346,21 @@ class Coordinator:
         for node in self.nodes:
             self._send(node, Commit(snapshot.id, tuple(retire)))
 
+    def _may_retire(self, job: Job, id: SnapshotId) -> bool:
+        """Whether a commit of `id` may retire others already.
+
+        Not as long as entries of the log are awaited: somebody may want to go back to one of them.
+        Nor as long as a life is still to load `id`: ranks before may have tried that in vain.
+        """
+        return not self._replication.awaited and (job.resumed or id != job.resumed_from)
+
     def _commit_late(self, job: Job, now: float) -> None:
-        """Commit what waited for the log that agents keep."""
-        if job.uncommitted is None or self._replication.awaited:
-            return
-        snapshot, job.uncommitted = job.snapshots.get(job.uncommitted), None
-        if snapshot is not None:
-            self._commit(job, snapshot, now)
+        """Commit what had to wait."""
+        for id in sorted(id for id in job.uncommitted if self._may_retire(job, id)):
+            job.uncommitted.discard(id)
+            snapshot = job.snapshots.get(id)
+            if snapshot is not None:
+                self._commit(job, snapshot, now)
 
     def _make_room(self, job: Job, now: float) -> None:
         """Retire the oldest snapshot that is kept if there is no memory for new ones.
@@ -1427,6 +1455,7 @@ class Coordinator:
         verdict = (
             self._unfit_ranks(job, pending)
             or self._missing_ranks(job, pending)
+            or self._still_runs(job, pending, now)
             or self._missing_entries()
             or choice.choose(
                 job,
@@ -1491,6 +1520,20 @@ class Coordinator:
         ranks = recovery.name_ranks(missing)
         return choice.Wait(f"{ranks} of {world_size} to attach to their agents")
 
+    def _still_runs(self, job: Job, pending: PendingResume, now: float) -> choice.Wait | None:
+        """Whether the life that runs may be of a later run than the one that asks.
+
+        Processes that were stopped may wake up and ask when another run has long had a life, maybe
+        from another coordinator. All ranks of that are there then, and train.
+        """
+        here = [held.since for (round_, _), held in job.attachments.items() if round_ == job.round]
+        if pending.round == job.round or not here or len(here) < job.world_size:
+            return None
+        still_s = now - max(job.moved_at, *here)
+        if still_s >= max(self.settings.lease_s, 2 * (job.pacer.step_s or 0.0)):
+            return None
+        return choice.Wait(f"life {job.life}, whose ranks are all there, to end or to stand still")
+
     def _missing_entries(self) -> choice.Wait | None:
         awaited = self._replication.awaited
         return choice.Wait(f"the log that {', '.join(awaited)} kept") if awaited else None
@@ -1536,7 +1579,8 @@ class Coordinator:
         if start is not None and start == self.rollback_of(job):
             older = (each for each in given_up if (each.life, each.step) < (start.life, start.step))
             given_up = (*older, GivenUp(start.life, start.step, life))
-        job.record = JobRecord(job.name, life, nodes, chain, keep, given_up)
+        others = self.live_holdings(start).keys() - nodes.keys() if start is not None else ()
+        job.record = JobRecord(job.name, life, nodes, chain, keep, given_up, tuple(sorted(others)))
         job.keeps = {keep}
         job.life, job.round, job.members = life, pending.round, members
         job.grants += 1

@@ -19,6 +19,8 @@ class Replication:
         self._journal = journal
         self._again_s = again_s
         self._nodes: set[str] = set()
+        self._kept: dict[str, LogSummary] = {}
+        """What each of them has said that it keeps."""
         self._behind: dict[str, LogSummary] = {}
         """Nodes that keep something else than the journal, and what they said of it."""
         self._asked: dict[LogSummary, tuple[str, float]] = {}
@@ -29,10 +31,21 @@ class Replication:
         """Nodes whose entries may be news, and have not come yet."""
         return tuple(sorted(node for node, _ in self._asked.values()))
 
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """Live nodes that have not said yet that they keep all of the journal."""
+        whole = self._journal.summary
+        return tuple(sorted(node for node in self._nodes if self._kept.get(node) != whole))
+
+    def kept(self, node: str, summary: LogSummary) -> None:
+        """An agent has stored what it was told to keep."""
+        self._kept[node] = summary
+
     def hello(self, node: str, summary: LogSummary, now: float) -> Messages:
         """A live agent says what it keeps."""
         found = self.lost(node, now)
         self._nodes.add(node)
+        self._kept[node] = summary
         if summary == self._journal.summary:
             return found
         if not summary.entries:
@@ -67,6 +80,7 @@ class Replication:
     def lost(self, node: str, now: float) -> Messages:
         """A node is gone; if it was asked, another is asked in its stead."""
         self._nodes.discard(node)
+        self._kept.pop(node, None)
         summary = self._behind.pop(node, None)
         if summary is None or self._asked.get(summary, ("",))[0] != node:
             return []

@@ -37,6 +37,9 @@ from ckptd.wire import (
 )
 
 _BAD_MESSAGES_REMEMBERED = 1000
+_CONFIRM_S = 3.0  # less than the CLI waits
+_LOOK_AGAIN_S = 0.05
+_NODES_NAMED = 8
 
 log = structlog.get_logger()
 
@@ -82,6 +85,8 @@ class CoordinatorProcess:
         elif config.kubernetes_lease:
             self._lease = KubernetesLease(config.kubernetes_lease)
         self._bad: set[str] = set()
+        self._confirming: set[asyncio.Task[None]] = set()
+        """Orders whose answers wait for agents."""
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -128,7 +133,7 @@ class CoordinatorProcess:
         tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_time())]
         waiting: set[asyncio.Task[Any]] = {*tasks, stopped}
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
+        for task in (*tasks, *self._confirming):
             task.cancel()
         if authenticator is not None:
             authenticator.stop()
@@ -175,11 +180,34 @@ class CoordinatorProcess:
             await asyncio.sleep(min(max(delay, 0.01), 0.2))
 
     async def _answer(self, peer: bytes, message: ClientMessage) -> None:
+        if isinstance(message, AskStatus):
+            await self._show(peer, "")
+            return
+        error = self._decider.obey(message, monotonic())
+        await self._send(self._decider.take_actions())
+        if error:
+            await self._show(peer, error)
+            return
+        # Not here: what agents say of it must be heard meanwhile.
+        task = asyncio.create_task(self._confirm(peer))
+        self._confirming.add(task)
+        task.add_done_callback(self._confirming.discard)
+
+    async def _confirm(self, peer: bytes) -> None:
+        """Answer when all live agents keep what was asked for, so that it outlives this process."""
+        error, deadline = "", monotonic() + _CONFIRM_S
+        while not error and (nodes := self._decider.forgetful):
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            if monotonic() > deadline:
+                some = ", ".join(nodes[:_NODES_NAMED]) + " …" * (len(nodes) > _NODES_NAMED)
+                error = (
+                    f"it is noted, but {some} ha{'s' if len(nodes) == 1 else 've'} not stored it "
+                    "yet: should the coordinator end now, it may be forgotten; ask once more"
+                )
+        await self._show(peer, error)
+
+    async def _show(self, peer: bytes, error: str) -> None:
         now = monotonic()
-        error = ""
-        if not isinstance(message, AskStatus):
-            error = self._decider.obey(message, now)
-            await self._send(self._decider.take_actions())
         document = status(self._decider, now, time() - now)
         await self._reply(peer, encode(Answer(json.dumps(document).encode(), error)))
 

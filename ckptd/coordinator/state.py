@@ -62,6 +62,8 @@ class Node:
     rival_since: float | None = None
     """When another agent first said Hello under this node's id, with another memory."""
     holdings: dict[SnapshotId, Holding] = field(default_factory=dict)
+    held: frozenset[SnapshotId] = frozenset()
+    """What it had something of when it was lost: another may have its place, and it may be back."""
     launchers: set[str] = field(default_factory=set)
     """Jobs for which a launcher waits on this node."""
     memory_used_bytes: int = 0
@@ -93,6 +95,8 @@ class Snapshot:
     """It was ticketed by the coordinator before this one, and learnt of from what nodes hold."""
     unprotected: str = ""
     """Why it could not be protected, if it could not."""
+    unprotected_at: float = float("-inf")
+    """When that was heard last."""
     lost_at: float | None = None
     """Since when some of its parity is lost, as far as is known here."""
     hindrances: tuple[str, ...] = ()
@@ -176,6 +180,8 @@ class Job:
     """The snapshot that a resume would choose, if segments of it are lost, and since when."""
     changed: bool = False
     """What nodes hold of it has changed since that was last looked at as a whole."""
+    moved_at: float = float("-inf")
+    """When a rank of `life` was last heard to have finished a step."""
     tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))
     """The newest tickets and when they were issued, those that were dropped since included."""
     full_since: tuple[float, int] | None = None
@@ -183,8 +189,8 @@ class Job:
     disagree_since: float | None = None
     """Since when the ranks of `life` do not divide alike what they share."""
 
-    uncommitted: SnapshotId | None = None
-    """What is to be committed as soon as the log is there that agents keep."""
+    uncommitted: set[SnapshotId] = field(default_factory=set)
+    """What is to be committed as soon as that may retire others."""
     waits_for: int = 0
     """The rank that was not ready for a ticket when that was looked at last."""
     keeps: set[int] = field(default_factory=set)

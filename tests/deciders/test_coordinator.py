@@ -507,6 +507,7 @@ class TestProtectAndCommit:
         first = cluster.tickets("a")[0]
         cluster.seal_all(first)
         cluster.say("b", SnapshotFailed(first, "dropped", "no memory for parity"))
+        cluster.pass_time(1.0)
         assert states(cluster) == {(1, 2): State.SEALED} | {
             key: state for key, state in states(cluster).items() if key != (1, 2)
         }
@@ -514,12 +515,30 @@ class TestProtectAndCommit:
         second = cluster.tickets("a")[-1]
         cluster.seal_all(second)
         cluster.say("b", SnapshotFailed(second, "dropped", "no memory for parity"))
+        cluster.pass_time(1.0)
         assert Commit(second, (first,)) in cluster.told("a", Commit)
         cluster.stop_job()
         cluster.attach("r2", "a", "b")
         grant = cluster.ask()
         assert grant is not None
         assert grant.id == second
+
+    def test_a_failure_replaces_nothing_before_all_that_it_is_on_are_heard_again(self) -> None:
+        """A node that has just died may be why: another names it before its silence is noticed."""
+        cluster = trained("a", "b", "c")
+        safe = cluster.make_protected()
+        newest = cluster.tickets("a")[-1]
+        cluster.seal_all(newest)
+        for name in ("b", "c"):  # so that a new coordinator finds neither safer than the other
+            held = cluster.nodes[name].holdings[safe]
+            cluster.nodes[name].holdings[safe] = msgspec.structs.replace(held, parity=False)
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.say("a", SnapshotFailed(newest, "dropped", "c does not hold its segments"))
+        cluster.pass_time(2 * cluster.settings.beat_s, silent=["c"])
+        assert not any(safe in m.retire for m in cluster.told("a", Commit))
+        cluster.pass_time(2 * cluster.settings.beat_s)
+        assert any(safe in m.retire for m in cluster.told("a", Commit))
 
     def test_status_says_how_far_a_segment_has_come_and_when_it_will_be_there(self) -> None:
         cluster = trained("a", "b")
@@ -1040,6 +1059,47 @@ class TestVacancies:
 
 
 class TestARestartedCoordinator:
+    def test_who_holds_what_a_life_begins_from_is_waited_for_where_it_has_no_ranks(self) -> None:
+        """A job on one node moves to another, and the coordinator ends before it has loaded."""
+        cluster = Cluster("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.start("a")
+        first = cluster.tickets("a")[0]
+        cluster.seal_all(first)
+        cluster.stop_job()
+        cluster.attach("r2", "b")
+        grant = cluster.ask()
+        assert grant is not None
+        assert (grant.id, grant.record.holders) == (first, ("a",))
+        cluster.restart_coordinator("b")
+        cluster.pass_time(2 * cluster.settings.lease_s, silent=["a"])
+        assert cluster.ask() is None
+        said = last_wait(cluster, "b")
+        assert "nodes a, which may hold a snapshot" in said.reason
+        assert not said.final
+        cluster.hello("a")
+        assert cluster.granted("b")[-1].id == first
+
+    def test_a_run_that_may_be_older_gets_no_life_while_another_trains(self) -> None:
+        """Its processes were stopped when the job was started again; then they wake up and ask."""
+        cluster = trained("a", "b")
+        running = [cluster.state(rank) for rank in (0, 1)]
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        before = len(cluster.granted("a"))
+        for step in range(1, 12):
+            for name, state in zip("ab", running, strict=True):
+                cluster.say(name, RankReport(msgspec.structs.replace(state, step=step)))
+            cluster.pass_time(cluster.settings.lease_s / 2)
+            if step == 1:
+                for rank, name in enumerate("ab"):
+                    cluster.say(name, RankReport(RankState(JOB, "r0", 0, rank, 2, 1, 0, 0, 0)))
+                cluster.say("a", AskResumeFor(JOB, "r0", ()))
+        assert len(cluster.granted("a")) == before
+        assert "life 1, whose ranks are all there" in last_wait(cluster, "a").reason
+        cluster.pass_time(cluster.settings.lease_s)
+        assert cluster.granted("a")[-1].round == "r0", "the other has come to a standstill"
+
     @pytest.mark.parametrize("order", list(permutations("abc")))
     def test_it_goes_on_in_whatever_order_it_hears(self, order: tuple[str, ...]) -> None:
         """Life 1 trains, one snapshot is protected and one sealed: nothing is forgotten."""

@@ -11,7 +11,7 @@ from ckptd.coordinator.replication import Replication
 from ckptd.coordinator.view import status
 from ckptd.ids import SnapshotId
 from ckptd.journal import Entry, Incident, Isolated, Journal, LogSummary, Rollback
-from ckptd.wire import AskEntries, Commit, Entries, KeepEntries, ResumeWaits, RollBack
+from ckptd.wire import AskEntries, Commit, Entries, KeepEntries, Kept, ResumeWaits, RollBack
 
 from .fakes import JOB, Cluster
 from .test_cluster_model import faults
@@ -220,6 +220,23 @@ class TestWholeClusters:
         assert len(cluster.granted("a")) == 1
         assert cluster.coordinator.journal.entries == theirs.entries
         assert KeepEntries(theirs.entries) in cluster.inbox("a")
+
+    def test_who_does_not_keep_yet_what_was_asked_for(self) -> None:
+        """An answer waits for them: until then the wish would end with the coordinator."""
+        cluster = Cluster("a", "b", "c")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.start("a", "b")
+        wanted = cluster.make_protected()
+        assert cluster.coordinator.forgetful == ()
+        cluster.obey(RollBack(JOB, wanted.step))
+        assert cluster.coordinator.forgetful == ("a", "b", "c")
+        whole = cluster.coordinator.journal.summary
+        cluster.say("a", Kept(LogSummary()))
+        cluster.say("b", Kept(whole))
+        assert cluster.coordinator.forgetful == ("a", "c")
+        cluster.say("a", Kept(whole))
+        cluster.destroy("c")
+        assert cluster.coordinator.forgetful == ()
 
     def test_nothing_is_retired_before_the_log_is_there(self) -> None:
         """What the newest would replace may be what somebody wants to go back to."""

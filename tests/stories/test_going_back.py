@@ -1,5 +1,6 @@
 """What people ask of a cluster: to go back, to let a node leave, to do without one, to use less."""
 
+import signal
 import subprocess
 import sys
 
@@ -109,3 +110,12 @@ def test_a_job_over_its_quota_is_refused_before_it_trains(town):
     second = here.train()
     here.wait_for_start(second)
     here.wait_for_snapshot("sealed", after=1)
+
+
+def test_an_order_that_an_agent_has_not_stored_might_be_forgotten_and_says_so(town):
+    here = town(2, coordinator_flags=("--lease", "30"))
+    here.kill("agent-n1", signal.SIGSTOP)
+    said = ckptd(here, "quota", JOB, "20000", ok=False)
+    assert "n1 has not stored it yet" in said
+    here.kill("agent-n1", signal.SIGCONT)
+    ckptd(here, "quota", JOB, "20000")
