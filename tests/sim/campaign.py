@@ -14,6 +14,14 @@ from .world import World
 
 _LINES_SHOWN = 80
 _CHUNK = 4
+_NO_FAULTS = (
+    "coordinator gave way",
+    "message arrived twice",
+    "segment damaged after its agent looked",
+    "snapshot could not be loaded",
+    "spare called",
+)
+"""Counted beside the faults: what came of them, and what every network does."""
 
 
 @dataclass
@@ -99,10 +107,12 @@ class Summary:
             self.failures.append((outcome.seed, outcome.failure))
 
     def __str__(self) -> str:
-        faults = "\n".join(f"  {count:8} {name}" for name, count in sorted(self.faults.items()))
+        found = sorted(self.faults.items(), key=lambda item: (item[0] in _NO_FAULTS, item[0]))
+        faults = "\n".join(f"  {count:8} {name}" for name, count in found)
+        injected = sum(count for name, count in found if name not in _NO_FAULTS)
         failures = "\n".join(f"  seed {seed}: {text[:150]}" for seed, text in self.failures)
         return (
             f"{self.seeds} seeds, {self.simulated_s / 3600:.1f} simulated hours, "
-            f"{self.events} events, {sum(self.faults.values())} faults:\n{faults}\n"
+            f"{self.events} events, {injected} faults, and what came of them:\n{faults}\n"
             f"{len(self.failures)} violations\n{failures}"
         ).rstrip()

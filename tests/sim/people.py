@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ckptd.coordinator import keeping
+from ckptd.coordinator.decider import Coordinator
 from ckptd.ids import SnapshotId
 from ckptd.journal import Rollback
 from ckptd.wire import Grant, IsolateNode, RollBack
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .world import World
 
 _AGAIN_S = (0.5, 1.5)
+_LOOK_AGAIN_S = (0.02, 0.05)
 
 
 class People:
@@ -25,6 +27,8 @@ class People:
         self._world, self._random = world, world.fault_random
         self._asked: dict[str, Rollback] = {}
         """Where a job is to go back to, as long as it has not."""
+        self._confirmed: set[str] = set()
+        """Jobs whose people were told that it will be so, whatever becomes of the coordinator."""
         self._readmitted: set[str] = set()
         self.left_out: set[str] = set()
         """Nodes on which no launcher starts ranks."""
@@ -49,14 +53,30 @@ class People:
         entry = decider.journal.rollback(job.name)
         assert entry is not None
         self._asked[job.name] = entry
+        self._confirmed.discard(job.name)
+        self._confirm(job.name, entry, decider)
         if self._random.random() < 0.7:
             job.restart()
         return True
 
+    def _confirm(self, job: str, entry: Rollback, decider: Coordinator) -> None:
+        """Somebody waits for the answer; if the coordinator ends first, nothing was promised."""
+        office = self._world.coordinator
+        if office.decider is not decider or self._asked.get(job) is not entry:
+            return
+        if office.at_work and not decider.forgetful:
+            self._confirmed.add(job)
+        else:
+            self._world.clock.later(_LOOK_AGAIN_S, self._confirm, job, entry, decider)
+
     def wanted(self, job: str) -> tuple[SnapshotId, ...]:
-        """What must not be freed, as somebody wants to go back to it."""
+        """Where somebody wants to go back to, whether or not that was confirmed."""
         asked = self._asked.get(job)
         return (asked.id,) if asked is not None and asked.id is not None else ()
+
+    def promised(self, job: str) -> tuple[SnapshotId, ...]:
+        """What must not be freed, as somebody was told that the job will go back to it."""
+        return self.wanted(job) if job in self._confirmed else ()
 
     def wish(self, office: "CoordinatorProcess", grant: Grant) -> SnapshotId | None:
         """Where this coordinator must know that the life is to begin."""

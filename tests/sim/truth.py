@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING
 
 from ckptd.agent.lifecycle import Use
+from ckptd.coordinator.choice import live_holdings
 from ckptd.coordinator.decider import Coordinator, Send
+from ckptd.coordinator.recovery import has_all_parity
 from ckptd.coordinator.state import State as Phase
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobManifest
-from ckptd.wire import AgentMessage, Commit, Grant, Granted, Hello, Holds, Record
+from ckptd.wire import AgentMessage, Commit, Drop, Grant, Granted, Hello, Holds, Record
 
 from . import transfers
 from .disk import File, State
@@ -139,6 +141,8 @@ class Truth:
                 self._world.people.check(office, grant)
             case Commit(id, retire):
                 self._commits(office.decider, id, retire)
+            case Drop(id):
+                self._drops(id)
             case Record(record):
                 if (record.job, record.life) in self._lives:
                     _, start = self._lives[record.job, record.life]
@@ -170,8 +174,27 @@ class Truth:
         run = self._world.jobs[grant.job].run
         if promise is None or (run is not None and promise in run.rejected):
             return
-        if grant.id is None or grant.id < promise:
+        if grant.id is None or (grant.id < promise and self._is_heard(office, promise)):
             raise Violation(f"{grant.id} is granted, though {promise} was protected")
+
+    def _is_heard(self, office: "CoordinatorProcess", id: SnapshotId) -> bool:
+        """Whether all that is needed is on nodes that were heard within the lease.
+
+        A node that was silent for so long is lost, as far as a coordinator can know. More of them
+        than there is parity for may be away at a time, though each fault by itself is bearable.
+        """
+        decider, now = office.decider, self._world.clock.now
+        assert decider is not None
+        lost_at = now - self._world.plan.settings.lease_s
+
+        def is_lost(name: str) -> bool:
+            node = decider.nodes.get(name)
+            since = decider.started_at if node is None else node.last_seen
+            return since <= lost_at and (node is None or not node.live)
+
+        machines = self._world.machines.values()
+        disks = [m.disk for m in machines if m.alive and not is_lost(m.name)]
+        return transfers.restorable(id, self._world.jobs[id.job].ranks, disks)
 
     def _commits(
         self, decider: Coordinator, id: SnapshotId, retire: tuple[SnapshotId, ...]
@@ -179,7 +202,7 @@ class Truth:
         for other in retire:
             if not self._is_ancestor(other, id) and not self.given_up(other):
                 raise Violation(f"{id} retires {other}, which is none of its ancestors")
-        self._must_keep(decider, id.job, set(retire))
+        self._must_keep(decider, id, set(retire))
         job = decider.jobs.get(id.job)
         snapshot = job.snapshots.get(id) if job is not None else None
         manifest = snapshot.manifest if snapshot is not None else None
@@ -203,30 +226,49 @@ class Truth:
         ]
         if lacking and not complete:  # else a newcomer has taken the place of one that had
             raise Violation(f"{id} was committed, and {', '.join(lacking)} never encoded it")
-        promise = self.promises.get(id.job)
-        if (promise is None or id > promise) and not self.given_up(id):
-            if not self.restorable(id):
-                return  # what was reported is gone again; nothing is freed for it by the agents
-            self.promises[id.job] = id
-            self._safe.setdefault(id.job, set()).add(id)
-            self.commits[id.job] = self.commits.get(id.job, 0) + 1
+        promise, safe = self.promises.get(id.job), self._safe.setdefault(id.job, set())
+        if id in safe or self.given_up(id) or (promise is not None and id < promise):
+            return
+        if not self.restorable(id):
+            return  # what was reported is gone again; nothing is freed for it by the agents
+        self.promises[id.job] = id
+        safe.add(id)
+        self.commits[id.job] = self.commits.get(id.job, 0) + 1
 
-    def _must_keep(self, decider: Coordinator, job: str, retire: set[SnapshotId]) -> None:
+    def _drops(self, id: SnapshotId) -> None:
+        """What was promised may go for a newer one that is there, and is as safe."""
+        if id != self.promises.get(id.job):
+            return
+        known = self.sealed.get(id.job, set())
+        newer = [other for other in known if other > id and not self.given_up(other)]
+        newer = [other for other in newer if self._as_safe(other, id)]
+        if newer:
+            self.promises[id.job] = max(newer)
+
+    def _must_keep(self, decider: Coordinator, newest: SnapshotId, retire: set[SnapshotId]) -> None:
         """As many as the job keeps are left, if all that hold them have been heard."""
+        job = newest.job
         safe = self._safe.get(job, set())
         if self._world.plan.keep == 1 or not safe & retire:
             return
-        retired = [id for id in safe & retire if self._is_whole(id)]
+        retired = [id for id in safe & retire if self._is_whole(id) and not self.given_up(id)]
+        retired = [id for id in retired if _is_told(decider, id)]
         safe -= retire
         on_purpose = any(event.kind == "kept_fewer" for event in list(decider.events)[-3:])
         heard = {name for name, node in decider.nodes.items() if node.live}
         there = {name for name, machine in self._world.machines.items() if machine.alive}
         if on_purpose or there - heard or not retired:
             return
-        left = [id for id in safe if self.restorable(id) and not self.given_up(id)]
-        # The one that is committed now is not among them yet.
-        if len(left) + 1 < self._world.plan.keep:
+        # Some were protected after a newer one was, and so never committed; or copies protect them.
+        known = decider.jobs[job].snapshots.keys() if job in decider.jobs else set()
+        left = safe | {id for id in known if self._survives_a_loss(id)}
+        left = {id for id in left if self.restorable(id) and not self.given_up(id)}
+        if len(left | {newest}) < self._world.plan.keep:
             raise Violation(f"{job} keeps {self._world.plan.keep}, and {retire} are retired")
+
+    def _survives_a_loss(self, id: SnapshotId) -> bool:
+        machines = [machine for machine in self._world.machines.values() if machine.alive]
+        return all(self.restorable(id, machine) for machine in machines)
 
     def _is_whole(self, id: SnapshotId) -> bool:
         """Whether all segments are there, and all parity at its places."""
@@ -242,11 +284,7 @@ class Truth:
 
     def _as_safe(self, id: SnapshotId, as_: SnapshotId) -> bool:
         """Whether a snapshot is there, and survives any one node if another does."""
-        machines = [m for m in self._world.machines.values() if m.alive]
-        return self.restorable(id) and (
-            all(self.restorable(id, machine) for machine in machines)
-            or not all(self.restorable(as_, machine) for machine in machines)
-        )
+        return self.restorable(id) and (self._survives_a_loss(id) or not self._survives_a_loss(as_))
 
     def _is_ancestor(self, id: SnapshotId, of: SnapshotId) -> bool:
         """Whether training really went through `id` on its way to `of`."""
@@ -287,7 +325,7 @@ class Truth:
 
     def freed(self, id: SnapshotId) -> None:
         """An agent has destroyed something of a snapshot."""
-        if id in self._world.people.wanted(id.job) and not self.restorable(id):
+        if id in self._world.people.promised(id.job) and not self.restorable(id):
             raise Violation(f"{id}, to which somebody wants to go back, was freed")
         promise = self.promises.get(id.job)
         if promise is not None:
@@ -382,3 +420,10 @@ class Truth:
                     )
                 if len(parities) > (self._world.plan.slots + 1 if ranks else 0):
                     raise Violation(f"{machine.name} has {len(parities)} parities of {job.name}")
+
+
+def _is_told(decider: Coordinator, id: SnapshotId) -> bool:
+    """Whether the coordinator has heard of all parity: a report may still be on its way."""
+    holdings = live_holdings(decider.nodes, id)
+    manifests = [holding.manifest for holding in holdings.values() if holding.manifest is not None]
+    return any(has_all_parity(manifest, holdings) for manifest in manifests)

@@ -150,7 +150,9 @@ class World:
             run = job.run
             if run is None or run.over or not run.training:
                 why = run.waiting if run is not None else "its first start"
-                raise Violation(f"{job.name} does not train: it waits for {why}; {job.refusals}")
+                raise Violation(
+                    f"{job.name} does not train: it waits for {why}; {job.refusals[-1:]}"
+                )
             made = self.truth.commits.get(job.name, 0) - before.get(job.name, 0)
             raise Violation(
                 f"{job.name} trains, step {run.step}, and {made} snapshots are protected"
