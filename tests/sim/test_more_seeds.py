@@ -1,4 +1,4 @@
-"""The second half of the short campaign: a file of its own, for a worker of its own."""
+"""The second half of the seeds: a file of its own, for a worker of its own."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A short campaign, in parts so that several workers can share it; `make sim` runs longer ones."""
+"""The first half of seeds 1 to 1000, in parts for several workers; `make sim` runs any seeds."""
 
 import os
 import subprocess
