@@ -42,6 +42,18 @@ from ckptd.wire import AgentToLauncher, Decoder, Here, Message, WaitForWork, Whe
     show_envvar=True,
     help="Time each collective, so that slow ranks and links are found (docs/diagnosis.md).",
 )
+@click.option(
+    "--standby",
+    is_flag=True,
+    help="Keep one process for each rank that has imported PyTorch already: ranks are back sooner.",
+)
+@click.option(
+    "--standby-import",
+    "modules",
+    multiple=True,
+    metavar="MODULE",
+    help="What standby processes import besides, such as transformers. May be given several times.",
+)
 @click.argument("torchrun", nargs=-1, type=click.UNPROCESSED, required=True)
 def command(
     job: str,
@@ -49,6 +61,8 @@ def command(
     rendezvous: str | None,
     spare: bool,
     timing: bool,
+    standby: bool,
+    modules: tuple[str, ...],
     torchrun: tuple[str, ...],
 ) -> None:
     """Start PyTorch's own elastic launcher with what makes restarts work.
@@ -63,27 +77,36 @@ def command(
     the trainers.
     """
     check_job_id(job)
-    from ckptd.trainer.launch import complete_arguments, launch, prepare_environment, watched
+    if modules and not standby:
+        raise ConfigError("--standby-import: only --standby has processes that import it")
+    if not agent and (spare or rendezvous or _spans_machines(torchrun)):
+        raise ConfigError(
+            "no agent is given, and only a job on one machine does without: start one on this node "
+            "with `ckptd agent --socket PATH --coordinator ADDRESS ...`, then pass --agent PATH or "
+            "set CKPTD_AGENT"
+        )
+    from ckptd.trainer import launch
 
+    launch.prepare_environment(job, agent, timing)
+    if standby:
+        launch.keep_standbys(launch.watched(torchrun), modules, at_once=spare, tell=_say)
     address = None
     if agent:
         with _connect(agent) as conn:
             here = _ask(conn, WhereAmI())
             address = here.address if isinstance(here, Here) else None
             if spare:
-                click.echo(f"ckptd run: spare for {job!r}, waiting to be called", err=True)
+                _say(f"spare for {job!r}, waiting to be called")
                 conn.settimeout(None)
                 if not isinstance(_ask(conn, WaitForWork(job)), Work):
                     raise AgentUnreachable(f"the agent at {agent} did not call this spare")
-                click.echo(f"ckptd run: called for {job!r}", err=True)
-    elif spare or rendezvous or _spans_machines(torchrun):
-        raise ConfigError(
-            "no agent is given, and only a job on one machine does without: start one on this node "
-            "with `ckptd agent --socket PATH --coordinator ADDRESS ...`, then pass --agent PATH or "
-            "set CKPTD_AGENT"
-        )
-    prepare_environment(job, agent, timing)
-    launch(watched(complete_arguments(torchrun, job, rendezvous, address)))
+                _say(f"called for {job!r}")
+    arguments = launch.complete_arguments(torchrun, job, rendezvous, address)
+    launch.launch(launch.watched(arguments))
+
+
+def _say(text: str) -> None:
+    click.echo(f"ckptd run: {text}", err=True)
 
 
 def _spans_machines(torchrun: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """PyTorch's own elastic launcher, started with what makes restarts work."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch.distributed import run as torchrun
 
@@ -12,6 +12,8 @@ from ckptd.config import (
     FLIGHT_RECORDER_ENTRIES,
     FLIGHT_RECORDER_SIZES,
 )
+from ckptd.errors import ConfigError
+from ckptd.trainer import standby
 
 # Measured: with torchrun's defaults the restarted workers of a gloo job reuse the launcher's store
 # with stale addresses and never come up; with stores of their own they do.
@@ -81,6 +83,29 @@ def watched(arguments: Sequence[str]) -> list[str]:
     if not parsed.module:
         return [*own, "-m", "ckptd.trainer.script", *script]
     return [*own, "ckptd.trainer.script", "--module", *script]
+
+
+def keep_standbys(
+    arguments: Sequence[str], modules: Sequence[str], at_once: bool, tell: Callable[[str], None]
+) -> None:
+    """Have a standby process for each rank of this node; `arguments` as `watched` made them.
+
+    `at_once`: nobody else needs the processors now. `tell` hears when they are ready. Raises
+    ConfigError if torchrun would not start its workers in a way that allows it.
+    """
+    parsed = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call] # torch's
+    if parsed.training_script != "ckptd.trainer.script":
+        raise ConfigError(
+            "--standby needs a Python script or module: without it, torchrun's --no-python and "
+            "--run-path work as ever"
+        )
+    count = torchrun.determine_local_world_size(parsed.nproc_per_node)
+    standbys = standby.Standbys(count, modules, parsed.training_script_args, tell)
+    if not standby.install(standbys):
+        raise ConfigError(
+            "--standby does not know the launcher of this version of PyTorch; start without it"
+        )
+    standbys.keep(at_once)
 
 
 def launch(arguments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ this rank's own.
 import json
 import operator
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
@@ -119,7 +119,7 @@ class LiveState:
                 Item(_spec(f"{prefix}.{name}", parameter, ()), local_of(parameter), False)
                 for name, parameter in strangers.items()
             ]
-            own = isinstance(optimizer, ZeroRedundancyOptimizer)  # each rank has other state
+            own = _is_zero(optimizer)  # each rank has other state
             for parameter, state in state_of(optimizer).items():
                 name = names[parameter]
                 for key, value in state.items():
@@ -337,7 +337,7 @@ def _differ(held: dict[str, Any], keys: list[str], values: list[Any]) -> bool:
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
     """Where the optimizer has its state: ZeroRedundancyOptimizer's is in another one inside."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer) and hasattr(optimizer, "optim"):
+    if _is_zero(optimizer) and hasattr(optimizer, "optim"):
         optimizer = optimizer.optim
     return optimizer.state
 
@@ -370,6 +370,12 @@ def _same(values: Any, past: list[Any]) -> bool:
 
 def _ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def _is_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Looked up, not imported: that takes 0.2 s at each restart, and who has one has it there."""
+    module = sys.modules.get("torch.distributed.optim")
+    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
 
 
 def _replicas(tensor: DTensor) -> tuple[int, ...]:
