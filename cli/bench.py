@@ -4,6 +4,7 @@ import click
 
 from ckptd.cli.bench_capture import capture, overhead
 from ckptd.cli.bench_erasure import command as erasure
+from ckptd.cli.bench_restart import command as restart
 from ckptd.cli.bench_timing import command as timing
 from ckptd.cli.bench_transfer import network, protect, rebuild
 
@@ -20,3 +21,4 @@ command.add_command(timing, "timing")
 command.add_command(network, "network")
 command.add_command(protect, "protect")
 command.add_command(rebuild, "rebuild")
+command.add_command(restart, "restart")

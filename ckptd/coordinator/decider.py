@@ -13,6 +13,7 @@ from itertools import chain, islice
 
 from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
 from ckptd.coordinator.claim import Claim, Stop, judge
+from ckptd.coordinator.diagnosis.finding import Culprit, Scope
 from ckptd.coordinator.diagnosis.supervisor import (
     DiagnosisSettings,
     Life,
@@ -545,6 +546,10 @@ class Coordinator:
         self._replicate(self._replication.lost(name, now))
         for job in self.jobs.values():
             job.changed = True
+            if job.resumed and name in job.members.values():
+                who = Culprit(Scope.NODE, nodes=(name,))
+                said, at = f"silent for {silent_s:.1f} s", job.pacer.progress_at
+                self.supervisors.ended(job.name, job.life, who, said, at, now)
             self._forget_attachments(job, name)
             self._miss_nodes(job, now)
 
@@ -706,6 +711,10 @@ class Coordinator:
             return
         if message.reason == "detached":
             job.left.add(message.rank)
+        elif job.resumed and message.life == job.life:
+            who = Culprit(Scope.RANK, (message.rank,), (node,))
+            at = job.pacer.progress_at
+            self.supervisors.ended(job.name, job.life, who, message.reason, at, now)
         if message.finished:
             job.finished.add(message.rank)
             if len(job.finished) == job.world_size:

@@ -37,6 +37,11 @@ class Pacer:
         self._early: dict[int, int] = {}
         """Step of a ticket under way to how many whole steps early the last rank had it."""
 
+    @property
+    def progress_at(self) -> float:
+        """When a step was finished that no rank had finished before."""
+        return self._seen_at
+
     def start(self, step: int, now: float) -> None:
         """A life begins at `step`, or goes on from there; 0 where that is not known yet."""
         self._step, self._seen_at, self._last_ticket = step, now, step

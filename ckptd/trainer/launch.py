@@ -96,8 +96,8 @@ def keep_standbys(
     parsed = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call] # torch's
     if parsed.training_script != "ckptd.trainer.script":
         raise ConfigError(
-            "--standby needs a Python script or module: without it, torchrun's --no-python and "
-            "--run-path work as ever"
+            "--standby needs a Python script or module; leave it out with torchrun's --no-python "
+            "and --run-path"
         )
     count = torchrun.determine_local_world_size(parsed.nproc_per_node)
     standbys = standby.Standbys(count, modules, parsed.training_script_args, tell)

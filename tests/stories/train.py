@@ -134,7 +134,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
         except ckptd.errors.CkptdError as error:
             say(event="refused", kind=type(error).__name__, text=str(error))
             sys.exit(3)
-    say(event="start", step=start, life=ckpt.life if ckpt else 0)
+    say(event="start", step=start, life=ckpt.life if ckpt else 0, pid=os.getpid())
     for step in range(start, args.steps):
         if args.unfreeze and rank == 1 and step >= args.unfreeze:
             last.requires_grad_()

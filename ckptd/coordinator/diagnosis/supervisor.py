@@ -14,7 +14,8 @@ from typing import Any
 
 from ckptd.coordinator.diagnosis.clocks import Clocks
 from ckptd.coordinator.diagnosis.detector import Detector
-from ckptd.coordinator.diagnosis.finding import Finding
+from ckptd.coordinator.diagnosis.ended import Ended
+from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Scope
 from ckptd.coordinator.diagnosis.incidents import IncidentRecord
 from ckptd.coordinator.diagnosis.matrix import DelayMatrix
 from ckptd.coordinator.diagnosis.policy import Decision, Do, Policy, PolicyLimits, Restart
@@ -149,6 +150,7 @@ class Supervisor:
         self.slow: dict[int, IncidentRecord] = {}
         """By number of the finding: slowness that is not over."""
         self._recovering: _Case | None = None
+        self._ended: Ended | None = None
         self._policy: Policy | None = None
         self._wanted_at: dict[str, float] = {}
         self._began_at = 0.0
@@ -203,21 +205,50 @@ class Supervisor:
         if case is not None and case.record is not None:
             case.awaited.discard(node)
 
+    def ended(self, life: int, culprit: Culprit, reason: str, since: float, now: float) -> None:
+        """A trainer is gone that had not said goodbye, or a node. `since`: the last progress.
+
+        It is an incident once the job runs again: until then it may have been stopped on purpose.
+        """
+        if self._ended is None or self._ended.life != life:
+            elastic = self.life.elastic or culprit.scope is Scope.NODE
+            if not elastic or self._recovering is not None or self.life.number != life:
+                return  # a person starts it again, or it was killed for an incident that is known
+            self._ended = Ended(life, self.life.step, self.life.step_s, since, now)
+        self._ended.add(culprit, reason, now)
+
     def resumed(self, life: int, step: int, saved_at: float | None, now: float) -> None:
         """The job runs again. `saved_at`: when the snapshot that it went on from was taken."""
-        case = self._recovering
-        if case is None or case.record is None or life <= case.record.life:
-            return
-        record, wall = case.record, self._parent.wall_s
-        since = case.finding.since
+        case, ended = self._recovering, self._ended
+        if case is not None and case.record is not None and life > case.record.life:
+            self._recovering = None
+            at = (case.finding.since, case.killed_at, now)
+            self._runs_again(case.record, at, life, step, saved_at)
+        elif ended is not None and life > ended.life:
+            self._ended = None
+            record = ended.record(self._parent.next_incident(), self.job, self._parent.wall_s)
+            self._parent.keep(record)
+            at = (ended.since, ended.decided_at, now)
+            self._runs_again(record, at, life, step, saved_at)
+
+    def _runs_again(
+        self,
+        record: IncidentRecord,
+        at: tuple[float, float, float],
+        life: int,
+        step: int,
+        saved_at: float | None,
+    ) -> None:
+        """`at`: of the last progress, of the decision, and now."""
+        since, decided_at, now = at
+        wall = now + self._parent.wall_s
         if saved_at is not None:
             # The last progress that was seen may be a moment before the last that was made.
             steps_s = (record.step - step) * record.step_s
             record.lost_work_s = max(0.0, since - saved_at, steps_s)
-        record.restart_s = now - case.killed_at
-        record.over_at = now + wall
-        record.say(now + wall, f"life {life} trains again, from step {step}")
-        self._recovering = None
+        record.restart_s = now - decided_at
+        record.over_at = wall
+        record.say(wall, f"life {life} trains again, from step {step}")
         self._do(Remember(record.entry()))
         downtime_s = now - since
         self._note(
@@ -564,6 +595,13 @@ class Supervisors:
         for node in {node for each in self.jobs.values() for node in each.detector.table.nodes}:
             if self.clocks.is_due(node, now):
                 self.do(Tell(node, AskClock(now)))
+
+    def ended(
+        self, job: str, life: int, culprit: Culprit, reason: str, since: float, now: float
+    ) -> None:
+        """A trainer or a node is gone; see `Supervisor.ended`."""
+        if job in self.jobs:
+            self.jobs[job].ended(life, culprit, reason, since, now)
 
     def resumed(self, job: str, life: int, step: int, saved_at: float | None, now: float) -> None:
         """A life of a job trains; `saved_at` as for `Supervisor.resumed`."""

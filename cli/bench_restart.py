@@ -1,0 +1,198 @@
+"""`ckptd bench restart`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from ckptd.cli import options, show
+from ckptd.cli.bench_numbers import Spread, order_of_turn
+from ckptd.cli.local_cluster import LocalCluster
+
+PLAIN, CKPTD, STANDBY, IMPORT = "torchrun", "ckptd", "ckptd --standby", "import torch"
+_NODE, _JOB = "here", "bench-restart"
+_EVERY = 10
+_STEP_SECONDS = 0.1
+_WARM_STEPS = 25
+_PARTS = ("launcher", "imports", "group", "restore", "step")
+
+
+@dataclass(frozen=True)
+class Restart:
+    """What one took, in seconds, from SIGKILL of a rank to the end of the last rank's first step.
+
+    The parts are those of the rank that was last in each, so that they add up.
+    """
+
+    total: float
+    launcher: float
+    """Until the last process was there, or a standby had been told: noticing, ending the others,
+    rendezvous."""
+    imports: float
+    """Until the last rank had its model."""
+    group: float
+    restore: float
+    step: float
+    steps_lost: int
+    noticed: float | None
+    """When the coordinator knew; None without one."""
+
+
+@click.command(cls=options.Command)
+@click.option("--ranks", type=click.IntRange(2), default=4, show_default=True)
+@click.option(
+    "--width", type=click.IntRange(8), default=1024, show_default=True, help="Of a layer."
+)
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="How many times the methods take turns.",
+)
+@options.as_json
+def command(ranks: int, width: int, layers: int, repeats: int, as_json: bool) -> None:
+    """Time from SIGKILL of a rank to the first new step, over gloo on this machine.
+
+    \b
+    torchrun          torchrun; rank 0 saves to disk with torch.save every 10 steps, all load
+    ckptd             ckptd run, snapshots in memory every 10 steps or more
+    ckptd --standby   the same, once its standby processes are ready
+    import torch      the machine's limit without them: as many processes import it at once
+    """
+    restarts: dict[str, list[Restart]] = {PLAIN: [], CKPTD: [], STANDBY: []}
+    imports: list[float] = []
+    for turn in range(repeats):
+        for name in order_of_turn([*restarts, IMPORT], turn):
+            click.echo(f"turn {turn + 1} of {repeats}: {name}", err=True)
+            if name == IMPORT:
+                imports.append(_import_s(ranks))
+            else:
+                restarts[name].append(_measure(name, ranks, width, layers))
+    if as_json:
+        found: dict[str, Any] = {
+            name: [asdict(one) for one in all_] for name, all_ in restarts.items()
+        }
+        click.echo(json.dumps({"ranks": ranks, "cores": os.cpu_count(), **found, IMPORT: imports}))
+    else:
+        show.console().print(_table(ranks, restarts, imports))
+
+
+def _import_s(processes: int) -> float:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    started = [
+        subprocess.Popen([sys.executable, "-c", "import torch"], env=environ)
+        for _ in range(processes)
+    ]
+    for process in started:
+        process.wait()
+    return time.monotonic() - began
+
+
+def _measure(name: str, ranks: int, width: int, layers: int) -> Restart:
+    """A job is started, killed once, and ended."""
+    flags = [f"--width={width}", f"--layers={layers}", f"--every={_EVERY}"]
+    flags.append(f"--step-seconds={_STEP_SECONDS}")
+    script = ["-m", "ckptd.trainer.bench_restart", *flags]
+    own = ["--standalone", f"--nproc-per-node={ranks}"]
+    with LocalCluster(environ={"OMP_NUM_THREADS": "1"}) as cluster:
+        if name == PLAIN:
+            # Without the variable the restarted ranks of a gloo job never come up.
+            environ = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            file = f"--file={_disk(cluster.directory)}"
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=100"]
+            cluster.spawn(f"launcher-{_NODE}", [*torchrun, *own, *script, file], environ)
+        else:
+            cluster.start_coordinator()
+            cluster.start_agent(_NODE)
+            cluster.wait_for_nodes(1)
+            standby = ["--standby"] if name == STANDBY else []
+            cluster.start_launcher(_NODE, _JOB, [*own, *script], *standby)
+        return _kill_once(cluster, name, ranks)
+
+
+def _disk(directory: Path) -> Path:
+    return directory / "checkpoint.pt"
+
+
+def _kill_once(cluster: LocalCluster, name: str, ranks: int) -> Restart:
+    def lines() -> Iterator[dict[str, Any]]:
+        for line in cluster.log(f"launcher-{_NODE}").splitlines():
+            if line.startswith("{") and line.endswith("}"):
+                yield json.loads(line)
+
+    def step() -> int:
+        return max((line["step"] for line in lines()), default=0)
+
+    def warm() -> bool:
+        ready = name != STANDBY or "standby processes are ready" in cluster.log(f"launcher-{_NODE}")
+        return ready and step() >= _WARM_STEPS
+
+    cluster.wait("the job to train", warm, 300)
+    first = [line for line in lines() if line.get("event") == "start"]
+    victim = next(line["pid"] for line in first if line["rank"] == ranks - 1)
+    reached, killed_at = step(), time.time()
+    os.kill(victim, signal.SIGKILL)
+
+    def again() -> list[dict[str, Any]]:
+        starts = [line for line in lines() if line.get("event") == "start"]
+        new = [line for line in starts if line["at"] > killed_at]
+        return new if len(new) >= ranks else []
+
+    starts = cluster.wait("the job to train again", again, 300)
+    noticed = None
+    if name != PLAIN:
+        left = [each for each in cluster.status()["events"] if each["kind"] == "rank_left"]
+        noticed = min(each["time"] for each in left) - killed_at
+    return _restart(killed_at, starts, reached, noticed)
+
+
+def _restart(
+    killed_at: float, starts: Sequence[Mapping[str, Any]], reached: int, noticed: float | None
+) -> Restart:
+    def began_at(one: Mapping[str, Any]) -> float:
+        began = one["process_began_at"]
+        return float(began if began > killed_at else one["first_line_at"])
+
+    ends = [
+        max(began_at(one) for one in starts),
+        *(max(one[at] for one in starts) for at in ("imported_at", "grouped_at", "restored_at")),
+        max(one["at"] for one in starts),
+    ]
+    parts = [end - begin for begin, end in zip([killed_at, *ends], ends, strict=False)]
+    steps_lost = reached - (starts[0]["step"] - 1)
+    return Restart(ends[-1] - killed_at, *parts, steps_lost=steps_lost, noticed=noticed)
+
+
+def _table(
+    ranks: int, restarts: Mapping[str, Sequence[Restart]], imports: Sequence[float]
+) -> Table:
+    table = Table(
+        title=f"{ranks} ranks on {os.cpu_count()} cores, seconds: median (quartiles)",
+        title_justify="left",
+    )
+    table.add_column("method")
+    for head in ("in all", "noticed", *_PARTS, "steps lost"):
+        table.add_column(head, justify="right")
+    for name, found in restarts.items():
+        noticed = [one.noticed for one in found if one.noticed is not None]
+        table.add_row(
+            name,
+            str(Spread.of([one.total for one in found])),
+            f"{Spread.of(noticed).median:.2f}" if noticed else "",
+            *(f"{Spread.of([getattr(one, part) for one in found]).median:.2f}" for part in _PARTS),
+            f"{Spread.of([one.steps_lost for one in found]).median:.0f}",
+        )
+    table.add_row(IMPORT, str(Spread.of(imports)), *[""] * (len(_PARTS) + 2))
+    return table
