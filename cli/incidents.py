@@ -1,12 +1,13 @@
 """`ckptd incidents`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import gmtime, strftime
 from typing import Any
 
 import click
+from rich.table import Table
 from rich.text import Text
 
 from ckptd.cli import options, show
@@ -21,6 +22,7 @@ _PARTS = (
     ("diagnosis_s", "diagnosis"),
     ("restart_s", "restart"),
 )
+_SHORT = tuple((part, name.partition(" since")[0]) for part, name in _PARTS)
 
 
 @click.group(cls=options.Group, invoke_without_command=True)
@@ -31,8 +33,9 @@ _PARTS = (
 def command(context: click.Context, coordinator: str, key_file: Path | None, as_json: bool) -> None:
     """List what stopped or slowed jobs, newest first; `ckptd incidents show N` reports on one.
 
-    Downtime has four parts: work lost since the snapshot from which the job went on, and the time
-    for detection, diagnosis and restart.
+    Downtime has four parts, as in the C4 paper: work lost since the snapshot from which the job
+    went on, and the time for detection, diagnosis and restart. A table below adds them up for each
+    kind of incident.
     """
     if context.invoked_subcommand is not None:
         return
@@ -47,6 +50,9 @@ def command(context: click.Context, coordinator: str, key_file: Path | None, as_
     head = ["incident", "job", "time (UTC)", "what", "who", "downtime", "done"]
     rows = [(_row(one), [Text(one["text"], show.PAST)]) for one in reversed(found)]
     console.print(show.Listing(head, rows, indent=0))
+    if any(downtime_s(one) is not None for one in found):
+        console.print()
+        console.print(downtime_table(found))
 
 
 @command.command(cls=options.Command)
@@ -71,6 +77,24 @@ def downtime_s(incident: Mapping[str, Any]) -> float | None:
     """All four parts together, as far as they are known; None if none is."""
     known = [incident[part] for part, _ in _PARTS if incident[part] is not None]
     return sum(known) if known else None
+
+
+def downtime_table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """The four parts by kind of incident, as C4 counts them: sums of what is known."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("downtime")
+    for head in ("incidents", *(name for _, name in _SHORT), "in all"):
+        table.add_column(head, justify="right")
+    kinds = sorted({one["kind"] for one in found})
+    groups = {kind: [one for one in found if one["kind"] == kind] for kind in kinds}
+    if len(groups) > 1:
+        groups["all"] = list(found)
+    for kind, those in groups.items():
+        columns = [[one[part] for one in those if one[part] is not None] for part, _ in _SHORT]
+        columns.append([known for one in those if (known := downtime_s(one)) is not None])
+        cells = (f"{sum(column):.1f} s" if column else "–" for column in columns)
+        table.add_row(kind, str(len(those)), *cells)
+    return table
 
 
 def _row(one: Mapping[str, Any]) -> list[Text | str]:
@@ -118,6 +142,9 @@ def report(one: Mapping[str, Any]) -> str:
     for part, name in _PARTS:
         value = "not known" if one[part] is None else f"{one[part]:.1f} s"
         lines.append(f"  {name}: {value}")
+    whole_s = downtime_s(one)
+    if whole_s is not None:
+        lines.append(f"  in all: {whole_s:.1f} s")
     if one["timeline"]:
         lines += ["", "timeline (UTC)"]
         lines += [f"  {_time(at, fine=True)}  {text}" for at, text in one["timeline"]]

@@ -50,6 +50,7 @@ def test_a_report_has_all_that_a_ticket_needs() -> None:
         "/run/a.incidents/x",
         "restart: 7.5 s",
         "work lost since the snapshot: 1.0 s",
+        "in all: 12.0 s",
         "last progress of the culprit",
     ):
         assert part in report
@@ -63,6 +64,20 @@ def test_what_only_the_journal_knows_is_reported_as_far_as_it_goes() -> None:
     assert "restart: not known" in report
     assert "timeline" not in report
     assert incidents.downtime_s(known) is None
+
+
+def test_the_four_parts_are_added_up_for_each_kind() -> None:
+    dead = replace(RECORD, kind="dead process", detection_s=0.5, diagnosis_s=0.0)
+    known = [one.as_json() for one in (RECORD, RECORD, dead, replace(dead, lost_work_s=None))]
+    rows = [
+        " ".join(line.split()) for line in printed(incidents.downtime_table(known)).splitlines()
+    ]
+    assert rows == [
+        "downtime incidents work lost detection diagnosis restart in all",
+        "dead process 2 1.0 s 1.0 s 0.0 s 15.0 s 17.0 s",
+        "non-communication hang 2 2.0 s 4.0 s 3.0 s 15.0 s 24.0 s",
+        "all 4 3.0 s 5.0 s 3.0 s 30.0 s 41.0 s",
+    ]
 
 
 def pair(source: str, destination: str, delay: float) -> dict[str, Any]:
