@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from ckptd.cli import options, show
 from ckptd.cli.bench_numbers import Spread, order_of_turn
@@ -85,7 +87,10 @@ def command(ranks: int, width: int, layers: int, repeats: int, as_json: bool) ->
         }
         click.echo(json.dumps({"ranks": ranks, "cores": os.cpu_count(), **found, IMPORT: imports}))
     else:
-        show.console().print(_table(ranks, restarts, imports))
+        console = show.console()
+        console.print(_table(ranks, restarts, imports))
+        for remark in _remarks(restarts):
+            console.print(Text(remark))
 
 
 def _import_s(processes: int) -> float:
@@ -165,14 +170,24 @@ def _restart(
         began = one["process_began_at"]
         return float(began if began > killed_at else one["first_line_at"])
 
-    ends = [
+    ends = (
         max(began_at(one) for one in starts),
         *(max(one[at] for one in starts) for at in ("imported_at", "grouped_at", "restored_at")),
         max(one["at"] for one in starts),
-    ]
-    parts = [end - begin for begin, end in zip([killed_at, *ends], ends, strict=False)]
-    steps_lost = reached - (starts[0]["step"] - 1)
-    return Restart(ends[-1] - killed_at, *parts, steps_lost=steps_lost, noticed=noticed)
+    )
+    launcher, imports, group, restore, step = (
+        end - begin for begin, end in pairwise((killed_at, *ends))
+    )
+    return Restart(
+        total=ends[-1] - killed_at,
+        launcher=launcher,
+        imports=imports,
+        group=group,
+        restore=restore,
+        step=step,
+        steps_lost=reached - (starts[0]["step"] - 1),
+        noticed=noticed,
+    )
 
 
 def _table(
@@ -181,18 +196,28 @@ def _table(
     table = Table(
         title=f"{ranks} ranks on {os.cpu_count()} cores, seconds: median (quartiles)",
         title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
-    table.add_column("method")
-    for head in ("in all", "noticed", *_PARTS, "steps lost"):
-        table.add_column(head, justify="right")
+    table.add_column("method", no_wrap=True)
+    for head in ("in all", *_PARTS):
+        table.add_column(head, justify="right", no_wrap=True)
     for name, found in restarts.items():
-        noticed = [one.noticed for one in found if one.noticed is not None]
-        table.add_row(
-            name,
-            str(Spread.of([one.total for one in found])),
-            f"{Spread.of(noticed).median:.2f}" if noticed else "",
-            *(f"{Spread.of([getattr(one, part) for one in found]).median:.2f}" for part in _PARTS),
-            f"{Spread.of([one.steps_lost for one in found]).median:.0f}",
-        )
-    table.add_row(IMPORT, str(Spread.of(imports)), *[""] * (len(_PARTS) + 2))
+        parts = [Spread.of([getattr(one, part) for one in found]).median for part in _PARTS]
+        table.add_row(name, _text([one.total for one in found]), *(f"{s:.2f}" for s in parts))
+    table.add_row(IMPORT, _text(imports))
     return table
+
+
+def _remarks(restarts: Mapping[str, Sequence[Restart]]) -> Iterator[str]:
+    for name, found in restarts.items():
+        lost = Spread.of([one.steps_lost for one in found]).median
+        noticed = [one.noticed for one in found if one.noticed is not None]
+        knew = f"; the coordinator knew after {_text(noticed)} s" if noticed else ""
+        yield f"{name}: {lost:.0f} steps made again{knew}"
+
+
+def _text(samples_s: Sequence[float]) -> str:
+    spread = Spread.of(samples_s)
+    return f"{spread.median:.2f} ({spread.low:.2f}–{spread.high:.2f})"

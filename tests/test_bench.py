@@ -15,6 +15,7 @@ import pytest
 
 from ckptd.cli.bench_numbers import Snapshot, Spread, order_of_turn, paired, snapshots
 from ckptd.cli.bench_report import report_of
+from ckptd.cli.bench_restart import _restart
 from ckptd.cli.bench_runner import Measured, Samples, measure
 from ckptd.cli.local_cluster import wait_until
 from ckptd.cli.plot import plot_capture, plot_overhead
@@ -245,3 +246,17 @@ def test_timing_with_all_its_processes():
     for source in sources.values():
         assert source["step_s"]["median"] > 0
         assert source["ratio"]["median"] > 0
+
+
+def test_the_parts_of_a_restart_add_up_and_a_standby_begins_when_it_is_told():
+    cold = {
+        "process_began_at": 10.2, "first_line_at": 10.3, "imported_at": 11.0,
+        "grouped_at": 11.2, "restored_at": 11.3, "at": 11.4, "step": 21,
+    }  # fmt: skip
+    warm = {**cold, "process_began_at": 5.0, "first_line_at": 10.1, "grouped_at": 11.25}
+    restart = _restart(10.0, [cold, warm], reached=24, noticed=0.1)
+    assert restart.launcher == pytest.approx(0.2)
+    assert restart.group == pytest.approx(0.25)
+    parts = (restart.launcher, restart.imports, restart.group, restart.restore, restart.step)
+    assert sum(parts) == pytest.approx(restart.total) == 1.4
+    assert restart.steps_lost == 4
