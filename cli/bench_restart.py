@@ -72,6 +72,9 @@ def command(ranks: int, width: int, layers: int, repeats: int, as_json: bool) ->
     ckptd --standby   the same, once its standby processes are ready
     import torch      the machine's limit without them: as many processes import it at once
     """
+    # Torchrun's workers outlive it: an end that is asked for must end them, too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     restarts: dict[str, list[Restart]] = {PLAIN: [], CKPTD: [], STANDBY: []}
     imports: list[float] = []
     for turn in range(repeats):
@@ -79,8 +82,11 @@ def command(ranks: int, width: int, layers: int, repeats: int, as_json: bool) ->
             click.echo(f"turn {turn + 1} of {repeats}: {name}", err=True)
             if name == IMPORT:
                 imports.append(_import_s(ranks))
+                took_s = imports[-1]
             else:
                 restarts[name].append(_measure(name, ranks, width, layers))
+                took_s = restarts[name][-1].total
+            click.echo(f"  {took_s:.2f} s", err=True)
     if as_json:
         found: dict[str, Any] = {
             name: [asdict(one) for one in all_] for name, all_ in restarts.items()
