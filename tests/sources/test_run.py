@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
-from ckptd.trainer.launch import watched
+from ckptd.cli.main import main
+from ckptd.errors import ConfigError
+from ckptd.trainer.launch import keep_standbys, watched
 
 SCRIPT = """
 import json, multiprocessing, os, pickle, sys
@@ -61,6 +64,16 @@ def test_torchruns_arguments_keep_their_places():
         "-m", "ckptd.trainer.script", "--module", "train", "--lr", "1",
     ]  # fmt: skip
     assert watched(["--no-python", "bash", "x"]) == ["--no-python", "bash", "x"]
+
+
+def test_standby_processes_that_nobody_could_use_are_refused():
+    for arguments in (["--no-python", "bash"], ["--run-path", "train.py"]):
+        with pytest.raises(ConfigError, match="needs a Python script or module"):
+            keep_standbys(watched(arguments), (), at_once=True, tell=print)
+    flags = ["--job", "j", "--standby-import", "json", "--", "--standalone", "train.py"]
+    result = CliRunner().invoke(main, ["run", *flags])
+    assert result.exit_code == 1
+    assert "only --standby has processes" in result.output
 
 
 def test_ranks_that_ckptd_run_starts_are_timed_from_the_first_collective(tmp_path):
