@@ -31,8 +31,9 @@ SEEDS := 1-1000
 sim: $(READY) ## simulate clusters through faults (SEEDS=1-1000)
 	$(BIN)/python -m tests.sim --seeds $(SEEDS)
 
-scale: $(READY) ## measure the coordinator's decisions by the number of nodes
+scale: $(READY) ## measure the coordinator by the number of nodes: its decisions, and idle
 	$(BIN)/python -m tests.sim.scale
+	$(BIN)/python -m tests.sim.idle
 
 # Each library is in an environment of its own: about 1 GB, made once.
 INTEGRATIONS := transformers lightning accelerate

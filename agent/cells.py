@@ -25,6 +25,7 @@ from ckptd.agent.windows import Windows
 from ckptd.digest import cell_span, digest, unpack_one
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.keys import NONCE_BYTES, ClusterKey
+from ckptd.logs import BadMessages
 from ckptd.manifest import NodeManifest
 from ckptd.wire import (
     Decoder,
@@ -84,7 +85,7 @@ class CellServer:
         self.address = "{}:{}".format(*self._listener.getsockname()[:2])
         self._room = threading.BoundedSemaphore(_CONNECTIONS_LIMIT)
         self._turns, self._pace = Turns(_SENT_AT_ONCE), Pace(send_bytes_per_s)
-        self.bad_frames = 0
+        self.bad = BadMessages()
         self._closed = False
         threading.Thread(target=self._accept, name="ckptd-cells", daemon=True).start()
 
@@ -98,7 +99,7 @@ class CellServer:
     def _accept(self) -> None:
         while True:
             try:
-                conn, _ = self._listener.accept()
+                conn, peer = self._listener.accept()
             except OSError:
                 if self._closed:
                     return
@@ -108,10 +109,10 @@ class CellServer:
                 conn.close()
                 continue
             threading.Thread(
-                target=self._serve, args=(conn,), name="ckptd-cells-peer", daemon=True
+                target=self._serve, args=(conn, peer[0]), name="ckptd-cells-peer", daemon=True
             ).start()
 
-    def _serve(self, conn: socket.socket) -> None:
+    def _serve(self, conn: socket.socket, who: str) -> None:
         try:
             with conn:
                 _tune(conn)
@@ -124,8 +125,8 @@ class CellServer:
                     if frame is None:
                         return
                     self._answer(conn, self._requests.decode(frame))
-        except ProtocolError:
-            self.bad_frames += 1
+        except ProtocolError as error:
+            self.bad.drop(f"cells: {who}", error)
         except OSError:
             pass  # the peer is gone or too slow; it will come again
         finally:

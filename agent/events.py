@@ -159,6 +159,13 @@ class Damaged:
 
 
 @dataclass(frozen=True, slots=True)
+class BadMessages:
+    """So many messages that made no sense have been dropped since this agent was started."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchMoved:
     """So many of the cells that a segment needs have been brought here, for so long."""
 
@@ -202,6 +209,7 @@ Event = (
     | Scrubbed
     | RecodeMoved
     | Damaged
+    | BadMessages
     | FetchMoved
     | Fetched
     | FetchFailed

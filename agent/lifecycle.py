@@ -244,6 +244,7 @@ class Lifecycle:
         """Cells that were found damaged, and mended, when their segment was wanted."""
         self._damaged_from: dict[str, int] = {}
         """Damaged cells that came from each peer."""
+        self._bad_messages = 0
         self._bereft: set[str] = set()
         """Jobs that have lost a trainer whose slots the next life will claim."""
         self._out: list[ev.Action] = []
@@ -308,6 +309,8 @@ class Lifecycle:
             case ev.Damaged():
                 known = self._damaged_from.get(event.node, 0)
                 self._damaged_from[event.node] = max(known, event.cells)
+            case ev.BadMessages():
+                self._bad_messages = event.count
             case ev.FetchMoved():
                 self._fetch_moved(event)
             case ev.Fetched():
@@ -336,6 +339,7 @@ class Lifecycle:
                         tuple(self._recoding.values()),
                         self.spare_bytes,
                         dict(self._damaged_from),
+                        self._bad_messages,
                     )
                 )
         if now >= self._waiting_at:

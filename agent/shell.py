@@ -39,6 +39,7 @@ from ckptd.erasure import CodecError, ZfecCodec, engine_in_use
 from ckptd.errors import CkptdError, ConfigError, Gone, ProtocolError
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey, check_bind
+from ckptd.logs import BadMessages
 from ckptd.manifest import JobManifest
 from ckptd.wire import (
     TRAINER_FRAME_LIMIT_BYTES,
@@ -91,7 +92,7 @@ class Agent:
             TrainerMessage | LauncherMessage, TRAINER_FRAME_LIMIT_BYTES
         )
         self._orders: Decoder[Order] = Decoder(Order)
-        self._bad_messages: set[str] = set()
+        self._bad = BadMessages()
         self._reports = Reports(
             config.node,
             config.socket,
@@ -250,6 +251,7 @@ class Agent:
 
     async def _keep_time(self) -> None:
         while True:
+            self._handle(ev.BadMessages(self._bad.count + self._server.bad.count))
             for action in self._lifecycle.tick(monotonic()):
                 self._carry_out(action)
             self._wake.clear()
@@ -263,7 +265,7 @@ class Agent:
             try:
                 order = self._orders.decode(frame)
             except ProtocolError as error:
-                self._note_bad("coordinator", error)
+                self._bad.drop("coordinator", error)
                 continue
             self._handle(ev.FromCoordinator(order.message, order.term, order.coordinator))
 
@@ -276,13 +278,6 @@ class Agent:
             else:
                 log.warning("disconnected", coordinator=self._config.coordinator)
                 self._handle(ev.Disconnected())
-
-    def _note_bad(self, whom: str, error: Exception) -> None:
-        """Logged once per kind: a peer that talks nonsense must not fill the disk too."""
-        text = f"{whom}: {error}"
-        if len(self._bad_messages) < 100 and text not in self._bad_messages:
-            self._bad_messages.add(text)
-            log.warning("message dropped", error=text)
 
     def _pidfds(self, job: str, life: int) -> list[int]:
         """The attached trainers of a life of a job."""
@@ -330,7 +325,7 @@ class Agent:
             try:
                 message = self._locals.decode(frame)
             except ProtocolError as error:
-                self._note_bad(f"local process {conn.pid}", error)
+                self._bad.drop(f"local process {conn.pid}", error)
                 self._send_local(conn.number, _rejected(error))
                 continue
             self._handle(ev.FromLocal(conn.number, message))

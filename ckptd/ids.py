@@ -12,7 +12,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CHECKED = msgspec.Meta(pattern=rf"^{_NAME.pattern}\Z")
 JobId = Annotated[str, _CHECKED]
 NodeId = Annotated[str, _CHECKED]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+# Whoever adds to a number must still be able to say it in 64 bits, and loops over ranks must end.
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+RANKS_LIMIT = 1 << 20
+Rank = Annotated[int, msgspec.Meta(ge=0, lt=RANKS_LIMIT)]
+WorldSize = Annotated[int, msgspec.Meta(ge=0, le=RANKS_LIMIT)]
 _RANDOM = re.compile(r"[0-9a-fA-F]{8}-?([0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}")
 
 

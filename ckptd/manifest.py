@@ -11,13 +11,16 @@ import msgspec
 
 from ckptd.digest import cell_count
 from ckptd.erasure import StripeMap
-from ckptd.ids import Count, JobId, NodeId, SnapshotId
+from ckptd.ids import Count, JobId, NodeId, Rank, SnapshotId, WorldSize
+
+CELLS_LIMIT = 1 << 25
+"""Most cells of one group; each takes some 100 bytes while a stripe map is in use."""
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True, order=True):
     """The size of one rank's segment."""
 
-    rank: Count
+    rank: Rank
     size_bytes: Count
 
 
@@ -74,12 +77,27 @@ class JobManifest(msgspec.Struct, frozen=True):
     """
 
     id: SnapshotId
-    world_size: Count
+    world_size: WorldSize
     groups: tuple[Group, ...]
     codec: str
     cell_bytes: Annotated[int, msgspec.Meta(ge=1)]
     ancestors: tuple[Ancestor, ...]
     edition: Count = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no stripe map can be made; decoding does, with the reason."""
+        for number, group in enumerate(self.groups):
+            if group.parity_shards and group.data_shards < 1:
+                raise ValueError(
+                    f"group {number} has {len(group.members)} members, and of these "
+                    f"{group.parity_shards} for parity"
+                )
+            cells = sum(member.cells(self.cell_bytes) for member in group.members)
+            if cells > CELLS_LIMIT:
+                raise ValueError(
+                    f"group {number} has {cells} cells of {self.cell_bytes} bytes; more than "
+                    f"{CELLS_LIMIT} are not possible: choose a larger --cell-size"
+                )
 
     @property
     def nodes(self) -> set[str]:
@@ -124,7 +142,7 @@ class JobManifest(msgspec.Struct, frozen=True):
 class SegmentDigests(msgspec.Struct, frozen=True):
     """One segment's size and the packed digests of its cells (see `ckptd.digest`)."""
 
-    rank: Count
+    rank: Rank
     size_bytes: Count
     digests: bytes
 

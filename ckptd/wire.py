@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 
 from ckptd.errors import ProtocolError
-from ckptd.ids import Count, JobId, NodeId, SnapshotId
+from ckptd.ids import Count, JobId, NodeId, Rank, SnapshotId, WorldSize
 from ckptd.journal import Entry, LogSummary
 from ckptd.manifest import Extent, JobManifest, JobRecord
 from ckptd.sketches import Sketch
@@ -40,8 +40,8 @@ class Attach(Message, frozen=True):
 
     job: JobId
     round: str
-    rank: Count
-    world_size: Count
+    rank: Rank
+    world_size: WorldSize
     every: int
     slots: int
     life: Count = 0
@@ -60,7 +60,7 @@ class Restore(Message, frozen=True):
 
     life: Count
     id: SnapshotId
-    rank: Count
+    rank: Rank
 
 
 class Resumed(Message, frozen=True):
@@ -158,7 +158,7 @@ class Restored(Message, frozen=True):
     """Answer to Restore: the segment of `rank` lies, verified, at `path`."""
 
     id: SnapshotId
-    rank: Count
+    rank: Rank
     path: str
 
 
@@ -216,7 +216,7 @@ class Holding(msgspec.Struct, frozen=True):
     """
 
     id: SnapshotId
-    world_size: Count
+    world_size: WorldSize
     extents: tuple[Extent, ...] = ()
     parity: bool = False
     manifest: JobManifest | None = None
@@ -232,8 +232,8 @@ class RankState(msgspec.Struct, frozen=True):
     job: JobId
     round: str
     life: Count
-    rank: Count
-    world_size: Count
+    rank: Rank
+    world_size: WorldSize
     every: int
     free_slots: Count
     seen_step: Count
@@ -277,7 +277,7 @@ class Fetching(msgspec.Struct, frozen=True):
     """A segment that is being brought to a node: `done` of so many cells, for so long."""
 
     id: SnapshotId
-    rank: Count
+    rank: Rank
     size_bytes: Count
     cells: Count
     done: Count
@@ -298,7 +298,7 @@ class Beat(Message, frozen=True):
     """The agent is alive.
 
     `damaged_cells` and `mended_cells` are its own; `damaged_from` counts those that came to it from
-    each other node.
+    each other node. `bad_messages`: how many it has dropped because they made no sense.
     """
 
     node: NodeId
@@ -311,6 +311,7 @@ class Beat(Message, frozen=True):
     recoding: tuple[Recoding, ...] = ()
     spare_bytes: Count = 0
     damaged_from: dict[str, Count] = {}
+    bad_messages: Count = 0
 
 
 class Holds(Message, frozen=True):
@@ -331,7 +332,7 @@ class RankLeft(Message, frozen=True):
     job: JobId
     round: str
     life: Count
-    rank: Count
+    rank: Rank
     reason: str
     finished: bool
 
@@ -349,7 +350,7 @@ class SegmentReady(Message, frozen=True):
 
     job: JobId
     life: Count
-    rank: Count
+    rank: Rank
     id: SnapshotId
     fetched_cells: int
     rebuilt_cells: int
@@ -375,7 +376,7 @@ class RebuildFailed(Message, frozen=True):
     """The segment of `rank` could not be rebuilt on this node."""
 
     id: SnapshotId
-    rank: Count
+    rank: Rank
     reason: str
 
 
@@ -609,7 +610,7 @@ class Rebuild(Message, frozen=True):
     """Hold the segment of `rank`, whose node is lost, in spare memory; a later resume finds it."""
 
     id: SnapshotId
-    rank: Count
+    rank: Rank
     source: Source
 
 
@@ -653,7 +654,7 @@ class LookAt(Message, frozen=True):
     job: JobId
     life: Count
     finding: Count
-    ranks: tuple[Count, ...]
+    ranks: tuple[Rank, ...]
 
 
 class Collect(Message, frozen=True):
@@ -806,7 +807,7 @@ class GetCell(Message, frozen=True):
     """Cell `cell` of the segment of `rank`. Of many requests, the lowest order goes first."""
 
     id: SnapshotId
-    rank: Count
+    rank: Rank
     cell: Count
     order: Count = 0
 
@@ -836,7 +837,7 @@ class GetDecoded(Message, frozen=True):
     """
 
     id: SnapshotId
-    rank: Count
+    rank: Rank
     cell: Count
     ranks: dict[int, tuple[NodeId, ...]]
     parity: tuple[NodeId, ...]

@@ -95,12 +95,15 @@ def render(document: Mapping[str, Any], address: str, job: str | None = None) ->
 def _header(coordinator: Mapping[str, Any], address: str) -> Text:
     entries = show.count(coordinator["log_entries"], "entry", "entries")
     term = f"term {coordinator['term']}" if coordinator["term"] else "no term yet"
+    bad = coordinator["bad_messages"]
+    dropped = f" · {show.count(bad, 'message', 'messages')} that made no sense dropped"
     return Text.assemble(
         ("coordinator ", "bold"),
         (address, "bold"),
         f" · {coordinator['id']} · {term} · log of {entries}"
         f" · up {show.age(coordinator['up_s'])} · cells of {show.size(coordinator['cell_bytes'])}",
         f" · nodes are lost after {coordinator['lease_s']:g} s of silence",
+        (dropped if bad else "", show.WARN),
     )
 
 

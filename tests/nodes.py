@@ -285,7 +285,9 @@ def framed(message: Message) -> bytes:
 
 def connect(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+    conn = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+    conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return conn
 
 
 class FakeServer:

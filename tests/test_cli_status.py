@@ -47,6 +47,7 @@ def node(name: str, **changed: Any) -> dict[str, Any]:
         "damaged_cells": 0,
         "mended_cells": 0,
         "sent_damaged_cells": {},
+        "bad_messages": 0,
         "seen_s_ago": 0.2,
         "isolated": None,
         "draining": None,
@@ -107,6 +108,7 @@ DOCUMENT: dict[str, Any] = {
         "cell_bytes": 4 * MIB,
         "beat_s": 0.5,
         "lease_s": 4.0,
+        "bad_messages": 3,
     },
     "nodes": [
         node("node-a", ranks=of_lm(range(4)), reasons=[PROBLEM]),
@@ -226,6 +228,7 @@ def test_status_hides_no_reason_and_no_number(width: int) -> None:
     for expected in (
         "coordinator tcp://10.0.0.9:7070 · 9f86d081884c7d65 · term 3 · log of 12 entries",
         "up 2.1 h · cells of 4 MiB",
+        "· 3 messages that made no sense dropped",
         "3 live, 1 lost",
         "node-a live rack-7 isa-l 2.32.0 lm 0-3 384 MiB / 512 MiB 75% 0.2 s ago",
         f"! {PROBLEM}",

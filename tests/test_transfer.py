@@ -753,10 +753,10 @@ class TestPeersThatMisbehave:
         ask()
 
     def test_garbage_instead_of_a_challenge(self, node: Node, ask: Callable[[], None]) -> None:
-        before = node.server.bad_frames
+        before = node.server.bad.count
         with connect(node.address) as conn:
             conn.sendall(b"GET / HTTP/1.1\r\n" * 10)
-            wait_for(lambda: node.server.bad_frames == before + 1)
+            wait_for(lambda: node.server.bad.count == before + 1)
         ask()
 
     @pytest.mark.parametrize(
@@ -774,12 +774,12 @@ class TestPeersThatMisbehave:
     def test_garbage_instead_of_a_request(
         self, node: Node, ask: Callable[[], None], garbage: bytes
     ) -> None:
-        before = node.server.bad_frames
+        before = node.server.bad.count
         with connect(node.address) as conn:
             shake_hands(conn, KEY, b"client")
             conn.sendall(garbage)
             assert conn.recv(1) == b""
-        wait_for(lambda: node.server.bad_frames == before + 1)
+        wait_for(lambda: node.server.bad.count == before + 1)
         ask()
 
     def test_half_a_request(
@@ -870,10 +870,10 @@ class TestPeersThatMisbehave:
     def test_names_and_numbers_that_cannot_be_end_the_connection(
         self, node: Node, request_: PeerRequest
     ) -> None:
-        before = node.server.bad_frames
+        before = node.server.bad.count
         with pytest.raises(ConnectionResetError):
             node.peers.fetch(node.address, request_, memoryview(bytearray(CELL_BYTES)))
-        wait_until("it to be counted", lambda: node.server.bad_frames == before + 1)
+        wait_until("it to be counted", lambda: node.server.bad.count == before + 1)
 
     def test_a_negative_length(self) -> None:
         server = FakeServer(framed(Payload(-1, 0)))

@@ -16,7 +16,7 @@ from ckptd.terms import Obeyed, Term
 from ckptd.wire import Attach, Decoder, Message, Progress, TrainerMessage, encode
 
 ID = SnapshotId("job", 2, 70)
-EXTENTS = (Extent(0, 100), Extent(1, 2**40))
+EXTENTS = (Extent(0, 100), Extent(1, 2**30))
 MANIFEST = JobManifest(
     ID, 2, (Group((Member("a", EXTENTS), Member("b", ())), 1),), "zfec", 4096, (Ancestor(1, 60),)
 )

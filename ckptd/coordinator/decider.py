@@ -143,6 +143,8 @@ class Coordinator:
         """What every order carries; 0 until an agent has said which terms it knows of."""
         self.ended = ""
         """Why this coordinator gives no orders any more, if so."""
+        self.bad_messages = 0
+        """What it was told that cannot be true."""
         self.journal = Journal()
         """What `say` has said, and what agents have kept of what earlier coordinators said."""
         self._replication = Replication(self.journal, settings.lease_s)
@@ -203,6 +205,7 @@ class Coordinator:
                 node.damaged_cells = message.damaged_cells
                 node.mended_cells = message.mended_cells
                 node.damaged_from = message.damaged_from
+                node.bad_messages = message.bad_messages
                 if now - node.told_at >= self.settings.lease_s / 2:
                     node.told_at = now
                     self._send(name, Present())
@@ -618,6 +621,8 @@ class Coordinator:
 
     def _rank_report(self, node: str, state: RankState, now: float) -> None:
         job = self._job(state.job)
+        if self._disbelieves(job, state.life):
+            return
         key = (state.round, state.rank)
         new = key not in job.attachments
         job.see(state.round)
@@ -661,6 +666,13 @@ class Coordinator:
                 node=node,
                 rank=state.rank,
             )
+
+    def _disbelieves(self, job: Job, life: int) -> bool:
+        """Whether there is no such life: another one runs, and nobody else grants any."""
+        if not job.round or life <= job.life:
+            return False
+        self.bad_messages += 1
+        return True
 
     def _is_answered(self, job: Job, round_: str, rejected: tuple[SnapshotId, ...]) -> bool:
         """Whether the life that runs is the answer to this question."""
@@ -974,6 +986,8 @@ class Coordinator:
             self._send(node, Drop(holding.id, "its job was forgotten"))
             return
         job = self._job(holding.id.job)
+        if self._disbelieves(job, holding.id.life):
+            return
         ended = next((past for past in job.ended if past.id == holding.id), None)
         if ended is not None and ended.state is not State.LOST:
             self._send(node, Drop(holding.id, ended.reason or ended.state.value))

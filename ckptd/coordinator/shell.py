@@ -26,6 +26,7 @@ from ckptd.coordinator.lease import FileLease, Lease, NoLease
 from ckptd.coordinator.view import status
 from ckptd.errors import ConfigError, ProtocolError, Superseded
 from ckptd.keys import ClusterKey, check_bind
+from ckptd.logs import BadMessages
 from ckptd.wire import (
     AgentMessage,
     Answer,
@@ -36,7 +37,6 @@ from ckptd.wire import (
     encode,
 )
 
-_BAD_MESSAGES_REMEMBERED = 1000
 _CONFIRM_S = 3.0  # less than the CLI waits
 _LOOK_AGAIN_S = 0.05
 _NODES_NAMED = 8
@@ -84,7 +84,7 @@ class CoordinatorProcess:
             self._lease = FileLease(config.lease_file)
         elif config.kubernetes_lease:
             self._lease = KubernetesLease(config.kubernetes_lease)
-        self._bad: set[str] = set()
+        self._bad = BadMessages()
         self._confirming: set[asyncio.Task[None]] = set()
         """Orders whose answers wait for agents."""
         self._stopping = asyncio.Event()
@@ -152,12 +152,9 @@ class CoordinatorProcess:
             try:
                 message = self._messages.decode(frame)
             except ProtocolError as error:
-                text = str(error)
-                if text not in self._bad and len(self._bad) < _BAD_MESSAGES_REMEMBERED:
-                    self._bad.add(text)
-                    log.warning("message dropped", error=text)
+                self._bad.drop("a client", error)
                 # An agent of another version cannot read our orders, but a CLI gets its answer.
-                await self._reply(peer, encode(Answer(b"", text)))
+                await self._reply(peer, encode(Answer(b"", str(error))))
                 continue
             if isinstance(message, ClientMessage):
                 await self._answer(peer, message)
@@ -208,7 +205,7 @@ class CoordinatorProcess:
 
     async def _show(self, peer: bytes, error: str) -> None:
         now = monotonic()
-        document = status(self._decider, now, time() - now)
+        document = status(self._decider, now, time() - now, self._bad.count)
         await self._reply(peer, encode(Answer(json.dumps(document).encode(), error)))
 
     async def _send(self, actions: list[Send]) -> None:

@@ -76,6 +76,8 @@ class Node:
     mended_cells: int = 0
     damaged_from: dict[str, int] = field(default_factory=dict)
     """Damaged cells that came to it from each other node."""
+    bad_messages: int = 0
+    """What it has dropped because it made no sense."""
 
 
 @dataclass

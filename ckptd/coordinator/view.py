@@ -12,7 +12,9 @@ from ckptd.erasure import default_parity, exposures
 from ckptd.journal import Incident
 
 
-def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[str, Any]:
+def status(
+    coordinator: Coordinator, now: float, wall_offset_s: float, bad_messages: int = 0
+) -> dict[str, Any]:
     """Everything, JSON-ready. Ages in seconds, times in Unix seconds, sizes in bytes."""
     return {
         "coordinator": {
@@ -24,6 +26,7 @@ def status(coordinator: Coordinator, now: float, wall_offset_s: float) -> dict[s
             "cell_bytes": coordinator.settings.cell_bytes,
             "beat_s": coordinator.settings.beat_s,
             "lease_s": coordinator.settings.lease_s,
+            "bad_messages": bad_messages + coordinator.bad_messages,
         },
         "nodes": [
             _node(coordinator, name, node, now) for name, node in sorted(coordinator.nodes.items())
@@ -68,6 +71,11 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
             f"{name} sent {count} damaged cell{'s' * (count > 1)} ({to}): look at its memory, and "
             "at the network from it",
         )
+    if node.bad_messages:
+        reasons.append(
+            f"it has dropped {node.bad_messages} message{'s' * (node.bad_messages > 1)} that made "
+            "no sense: its log says what and from whom"
+        )
     if not node.live:
         reasons.insert(0, f"lost: silent for {silent_s:.0f} s")
     elif node.suspect:
@@ -108,6 +116,7 @@ def _node(coordinator: Coordinator, name: str, node: Node, now: float) -> dict[s
         "damaged_cells": node.damaged_cells,
         "mended_cells": node.mended_cells,
         "sent_damaged_cells": sent,
+        "bad_messages": node.bad_messages,
         "seen_s_ago": silent_s,
         "reasons": reasons,
     }

@@ -24,12 +24,14 @@ class Fleet(LocalCluster):
         size_bytes: int = 20 * CELL_BYTES,
         lease_s: float = 1.5,
         agent_flags: tuple[str, ...] = (),
+        key_file: Path | None = None,
     ) -> None:
         super().__init__(
             coordinator_flags=[
                 "--cell-size", str(CELL_BYTES), "--beat", "0.2", "--lease", str(lease_s),
             ],
             agent_flags=["--memory-limit", "256MiB", *agent_flags],
+            key_file=key_file,
         )  # fmt: skip
         self.seed, self.size_bytes = seed, size_bytes
         self.places = [f"n{number}" for number in range(nodes)]

@@ -128,14 +128,14 @@ class TestStrangers:
 
     def refused(self, node: Node, said: bytes) -> None:
         """The server hangs up without having said more than its part of the challenge."""
-        before = node.server.bad_frames
+        before = node.server.bad.count
         with connect(node.address) as conn:
             conn.sendall(said)
             heard = b""
             while piece := conn.recv(4096):
                 heard += piece
         assert len(heard) <= NONCE_BYTES + 32
-        wait_for(lambda: node.server.bad_frames == before + 1)
+        wait_for(lambda: node.server.bad.count == before + 1)
 
     def test_an_answer_that_was_overheard(self, node: Node) -> None:
         client_said, _ = self.overhear(node)
@@ -145,12 +145,12 @@ class TestStrangers:
         self.refused(node, bytes(NONCE_BYTES) + bytes(32))
 
     def test_the_servers_own_words_said_back(self, node: Node) -> None:
-        before = node.server.bad_frames
+        before = node.server.bad.count
         with connect(node.address) as conn:
             conn.sendall(read_exactly(conn, NONCE_BYTES))
             conn.sendall(read_exactly(conn, 32))
             assert conn.recv(1) == b""
-        wait_for(lambda: node.server.bad_frames == before + 1)
+        wait_for(lambda: node.server.bad.count == before + 1)
 
     def test_a_server_that_replays_what_it_overheard_gets_no_request(self, node: Node) -> None:
         _, server_said = self.overhear(node)
