@@ -1,14 +1,11 @@
-"""Messages that make no sense, made from ones that do, and a wire on which to slip them in."""
+"""Messages that make no sense, made from ones that do."""
 
 import random
-import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
-import zmq
 
 from ckptd.errors import ProtocolError
 from ckptd.wire import Decoder
@@ -87,63 +84,3 @@ def nonsense(
         if not is_sense(frame, decoder):
             found.append(frame)
     return found
-
-
-class Between:
-    """Carries control between agents and their coordinator; remembers it, and slips more in."""
-
-    def __init__(self, coordinator: str) -> None:
-        self._context = zmq.Context()
-        self._front = self._context.socket(zmq.ROUTER)
-        self._front.router_handover = True
-        port = self._front.bind_to_random_port("tcp://127.0.0.1")
-        self.address = f"tcp://127.0.0.1:{port}"
-        self._coordinator = coordinator
-        self._backs: dict[bytes, zmq.Socket[bytes]] = {}
-        self._slipped: deque[tuple[bytes, bytes]] = deque()
-        self.said: deque[bytes] = deque(maxlen=2000)
-        """By agents."""
-        self.ordered: deque[bytes] = deque(maxlen=2000)
-        """By the coordinator."""
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._carry, daemon=True)
-        self._thread.start()
-
-    @property
-    def agents(self) -> list[bytes]:
-        """How they are known to the coordinator."""
-        return list(self._backs)
-
-    def slip(self, agent: bytes, frames: Sequence[bytes]) -> None:
-        """Let an agent have these, too, as if its coordinator had sent them."""
-        self._slipped.extend((agent, frame) for frame in frames)
-
-    def close(self) -> None:
-        self._end.set()
-        self._thread.join(10)
-
-    def _carry(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._front, zmq.POLLIN)
-        while not self._end.is_set():
-            for socket, _ in poller.poll(5):
-                if socket is self._front:
-                    agent, frame = socket.recv_multipart()
-                    self.said.append(frame)
-                    if agent not in self._backs:
-                        self._backs[agent] = self._back(agent)
-                        poller.register(self._backs[agent], zmq.POLLIN)
-                    self._backs[agent].send(frame)
-                else:
-                    frame = socket.recv()
-                    self.ordered.append(frame)
-                    self._front.send_multipart([socket.identity, frame])
-            for _ in range(min(100, len(self._slipped))):
-                self._front.send_multipart(list(self._slipped.popleft()))
-        self._context.destroy(linger=0)
-
-    def _back(self, agent: bytes) -> "zmq.Socket[bytes]":
-        socket = self._context.socket(zmq.DEALER)
-        socket.identity = agent
-        socket.connect(self._coordinator)
-        return socket

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import zmq
 
-from ckptd.client import ask_status
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey
 from ckptd.manifest import Extent
@@ -61,8 +60,9 @@ from ckptd.wire import (
 
 from ..nodes import connect, framed, read_exactly, shake_hands
 from ..test_wire import MESSAGES
-from .fleet import JOB, Fleet
-from .garbage import Between, nonsense
+from .between import Overheard
+from .fleet import JOB
+from .garbage import nonsense
 
 COUNT = 1000
 HUGE = (1 << 62) - 1
@@ -72,27 +72,8 @@ ELSEWHERE = SnapshotId(JOB, 9, 5)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-class Overheard(Fleet):
-    """Two nodes that train; what they and the coordinator say passes a wire of ours."""
-
-    def open(self) -> "Overheard":
-        self.direct = self.start_coordinator()
-        self.between = Between(self.direct)
-        self.endpoint = self.between.address
-        for node in self.places:
-            self.start_agent(node)
-        self.wait_for_nodes(len(self.places))
-        self.train()
-        self.wait_for_start()
-        self.wait_for_protected()
-        return self
-
-    def close(self) -> None:
-        super().close()
-        self.between.close()
-
-    def status(self) -> dict[str, Any]:
-        return ask_status(self.direct, self.key, 30.0)
+class Garbled(Overheard):
+    """Two nodes that train."""
 
     def node(self, name: str) -> dict[str, Any]:
         return next(node for node in self.status()["nodes"] if node["node"] == name)
@@ -127,8 +108,8 @@ class Overheard(Fleet):
 
 
 @pytest.fixture(scope="module")
-def here() -> Iterator[Overheard]:
-    fleet = Overheard(2)
+def here() -> Iterator[Garbled]:
+    fleet = Garbled(2)
     try:
         yield fleet.open()
     finally:
@@ -147,7 +128,7 @@ def frames_of(*unions: object) -> list[bytes]:
 
 
 @contextmanager
-def stranger(here: Overheard) -> Iterator[Any]:
+def stranger(here: Garbled) -> Iterator[Any]:
     """A client of the coordinator that nobody knows."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger = 10_000
@@ -155,7 +136,7 @@ def stranger(here: Overheard) -> Iterator[Any]:
         yield dealer
 
 
-def test_at_the_coordinator(here: Overheard, numbers: random.Random) -> None:
+def test_at_the_coordinator(here: Garbled, numbers: random.Random) -> None:
     decoder: Decoder[object] = Decoder(AgentMessage | ClientMessage)
     frames = [*here.between.said, *frames_of(AgentMessage, ClientMessage)]
     with stranger(here) as dealer, here.drops(COUNT):
@@ -164,7 +145,7 @@ def test_at_the_coordinator(here: Overheard, numbers: random.Random) -> None:
     assert 0 < here.log("coordinator").count("message dropped") <= 100
 
 
-def test_of_another_life_at_the_coordinator(here: Overheard) -> None:
+def test_of_another_life_at_the_coordinator(here: Garbled) -> None:
     """Said by a node of the cluster, which is told to be silent by nobody."""
     hello = Hello(
         "odd", "i", "t", "127.0.0.1", "127.0.0.1:9", "", True, "zfec", "", "", 1, 0, (), (), (),
@@ -192,7 +173,7 @@ def test_of_another_life_at_the_coordinator(here: Overheard) -> None:
             dealer.send(encode(message))
 
 
-def test_of_the_coordinator_at_an_agent(here: Overheard, numbers: random.Random) -> None:
+def test_of_the_coordinator_at_an_agent(here: Garbled, numbers: random.Random) -> None:
     frames = list(here.between.ordered)
     with here.drops(COUNT, "n0"):
         sent = nonsense(frames, Decoder(Order), numbers, COUNT)
@@ -200,7 +181,7 @@ def test_of_the_coordinator_at_an_agent(here: Overheard, numbers: random.Random)
             here.between.slip(agent, sent)
 
 
-def test_of_another_term_at_an_agent(here: Overheard) -> None:
+def test_of_another_term_at_an_agent(here: Garbled) -> None:
     coordinator = here.status()["coordinator"]
     newest = here.wait_for_protected()
     orders = [Forget(JOB, "it is said"), Drop(newest, "it is said"), Commit(newest, (newest,))]
@@ -220,7 +201,7 @@ def test_of_another_term_at_an_agent(here: Overheard) -> None:
     assert here.status()["coordinator"]["term"] == coordinator["term"]
 
 
-def test_at_the_cells(here: Overheard, numbers: random.Random) -> None:
+def test_at_the_cells(here: Garbled, numbers: random.Random) -> None:
     """What makes no sense ends its connection; what is not there is answered."""
     id, address = here.wait_for_protected(), here.node("n0")["cells"]
     asked = [GetCell(id, 0, 3), GetParity(id, 0, 1, 0), GetEncoded(id, 0, 0, 0)]
@@ -248,7 +229,7 @@ def test_at_the_cells(here: Overheard, numbers: random.Random) -> None:
                 assert isinstance(reply, NotHere)
 
 
-def test_at_the_socket_for_trainers(here: Overheard, numbers: random.Random) -> None:
+def test_at_the_socket_for_trainers(here: Garbled, numbers: random.Random) -> None:
     decoder: Decoder[object] = Decoder(TrainerMessage | LauncherMessage, TRAINER_FRAME_LIMIT_BYTES)
     frames = frames_of(TrainerMessage, LauncherMessage)
     rejections: Decoder[Rejected] = Decoder(Rejected)
