@@ -46,6 +46,14 @@ class FromCoordinator:
 
 
 @dataclass(frozen=True, slots=True)
+class ManifestNotKept:
+    """There was no room to keep a job manifest, so nothing is encoded by it."""
+
+    id: SnapshotId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TermNotKept:
     """KeepTerm has failed: what comes in that term is not to be obeyed."""
 
@@ -196,6 +204,7 @@ Event = (
     | Disconnected
     | FromCoordinator
     | TermNotKept
+    | ManifestNotKept
     | FromLocal
     | LocalGone
     | ProcessEnded

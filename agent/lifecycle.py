@@ -281,6 +281,9 @@ class Lifecycle:
             case ev.TermNotKept():
                 self.term, self._term_since = self._term_before
                 self._problem(f"orders are not obeyed: the term cannot be stored: {event.reason}")
+            case ev.ManifestNotKept():
+                self.manifests.pop(event.id, None)
+                self._encode_failed(ev.EncodeFailed(event.id, event.reason))
             case ev.FromLocal():
                 self._from_local(event, now)
             case ev.LocalGone():

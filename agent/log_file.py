@@ -87,6 +87,11 @@ class LogFile:
         if size_bytes > self._compact_bytes:
             self._rewrite()
 
+    def catch_up(self) -> None:
+        """Write what there was no room for. Raises OSError if there still is none."""
+        if self._behind:
+            self._rewrite()
+
     def _rewrite(self) -> None:
         content = b"".join(map(_record, self._journal.entries))
         try:

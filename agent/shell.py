@@ -233,7 +233,10 @@ class Agent:
     # Events in.
 
     def _handle(self, event: ev.Event) -> None:
+        not_kept: set[SnapshotId] = set()
         for action in self._lifecycle.handle(event, monotonic()):
+            if isinstance(action, ev.Encode) and action.manifest.id in not_kept:
+                continue
             try:
                 self._carry_out(action)
             except OSError as error:
@@ -243,7 +246,10 @@ class Agent:
                 self._loop.call_soon(self._handle, ev.Trouble(reason))
                 if isinstance(action, ev.KeepTerm):
                     self._handle(ev.TermNotKept(str(error)))
-                if not isinstance(action, ev.KeepRecord):
+                if isinstance(action, ev.KeepManifest):
+                    not_kept.add(action.manifest.id)
+                    self._handle(ev.ManifestNotKept(action.manifest.id, reason))
+                elif not isinstance(action, ev.KeepRecord):
                     break
         if self._lifecycle.dismissed:
             self._stopping.set()
@@ -254,6 +260,8 @@ class Agent:
             self._handle(ev.BadMessages(self._bad.count + self._server.bad.count))
             for action in self._lifecycle.tick(monotonic()):
                 self._carry_out(action)
+            with contextlib.suppress(OSError):  # it was said when it could not be written first
+                self._store.log.catch_up()
             self._wake.clear()
             delay = self._lifecycle.next_deadline() - monotonic()
             with contextlib.suppress(asyncio.TimeoutError):

@@ -145,6 +145,18 @@ def test_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch, left_bytes: in
     assert read(path) == (ENTRIES, [])
 
 
+def test_what_there_was_no_room_for_can_be_written_without_news(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = LogFile(path)
+    disk = Disk(monkeypatch, 30)
+    with pytest.raises(OSError, match="No space left"):
+        log.append(ENTRIES)
+    disk.left_bytes = 1 << 20
+    log.catch_up()
+    assert read(path) == (ENTRIES, [])
+
+
 def test_no_room_to_write_it_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It grows on instead, and nothing is lost."""
     log = LogFile(path, compact_bytes=100)

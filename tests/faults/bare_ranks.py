@@ -148,6 +148,9 @@ class Ranks:
                 file.write(raw[:LENGTH_BYTES])
         except FileNotFoundError:
             return  # its node has burnt
+        except OSError as error:
+            client.failed(ticket.id, "dropped", str(error))
+            return
         client.sealed(ticket.id)
         if rank == self.world_size - 1:
             say("sealed", step=ticket.id.step)
