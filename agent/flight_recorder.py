@@ -81,7 +81,7 @@ class RecorderReader:
 
     def __init__(self, rank: int, began_at: float) -> None:
         """`began_at`: start of the process, in seconds since the epoch; nothing is older."""
-        self._rank, self._began_at = rank, began_at
+        self._rank, self.began_at = rank, began_at
         self._last_id = -1
         self._last: dict[str, int] = {}
         """By group, the sequence number of its newest collective."""
@@ -138,7 +138,7 @@ class RecorderReader:
 
     def _is_credible(self, entry: _Entry, now: float) -> bool:
         at = entry.time_created_ns / 1e9
-        return at == 0 or self._began_at - 1.0 <= at <= now + _FUTURE_S
+        return at == 0 or self.began_at - 1.0 <= at <= now + _FUTURE_S
 
     def _number_of(self, entry: _Entry, place: int) -> int:
         """Without a record id: by time, or by place in the answer."""

@@ -122,7 +122,7 @@ class Sketcher:
             del self._lives[run]
         for run, life in self._lives.items():
             idle = not (life.moved or life.whole or run in wrong)
-            if idle and at - life.sent_at < _IDLE_SKETCH_S:
+            if idle and 0 <= at - life.sent_at < _IDLE_SKETCH_S:  # the clock may have been set
                 continue
             found.append(life.aggregator.sketch(at, life.whole))
             life.moved, life.whole, life.sent_at = False, False, at
@@ -157,7 +157,7 @@ class Reports:
         """Watch and tell, until cancelled."""
         watching = asyncio.create_task(self.diagnosis.run())
         try:
-            told_transfers_at = time.time()
+            told_transfers_at = time.monotonic()
             while True:
                 # All agents tell at the same instants, so that what they tell belongs together.
                 await asyncio.sleep(SKETCH_EVERY_S - time.time() % SKETCH_EVERY_S)
@@ -171,8 +171,8 @@ class Reports:
                 }
                 for sketch in self._sketcher.sketches(now, live, wrong):
                     self._send(Sketched(sketch))
-                if now - told_transfers_at >= _TRANSFERS_EVERY_S:
-                    told_transfers_at = now
+                if time.monotonic() - told_transfers_at >= _TRANSFERS_EVERY_S:
+                    told_transfers_at = time.monotonic()
                     if transfers := self._peers.take_transfers():
                         self._send(Transferred(transfers))
         finally:

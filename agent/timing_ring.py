@@ -14,7 +14,7 @@ class TimingReader:
 
     def __init__(self, rank: int, began_at: float) -> None:
         """`began_at`: start of the process, in seconds since the epoch; nothing is older."""
-        self._rank, self._began_at = rank, began_at
+        self._rank, self.began_at = rank, began_at
         self._last: dict[str, int] = {}
 
     def take(
@@ -30,7 +30,7 @@ class TimingReader:
         dropped = 0
         for record in records:
             at = record.entered_ns / 1e9
-            timed = self._began_at - 1.0 <= at <= now + _FUTURE_S
+            timed = self.began_at - 1.0 <= at <= now + _FUTURE_S
             if not timed or record.group >= len(groups) or record.op >= len(OPS):
                 dropped += 1
                 continue

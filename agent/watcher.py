@@ -41,6 +41,8 @@ from ckptd.watching import (
 
 TRAINERS_LIMIT = 256
 _SCAN_EVERY_S = 0.5
+_CLOCK_SET_S = 0.5
+"""Less is adjustment."""
 
 log = structlog.get_logger()
 
@@ -106,7 +108,7 @@ class Watcher:
 
     def hurry(self, for_s: float) -> None:
         """Read all trainers fast for so long: somebody suspects something."""
-        self._hurry_until = time.time() + for_s
+        self._hurry_until = time.monotonic() + for_s
 
     async def run(self) -> None:
         """Follow every trainer that shows itself."""
@@ -144,7 +146,7 @@ class Watcher:
 
     async def _follow(self, stem: str, trainer: "_Trainer") -> None:
         try:
-            await trainer.follow(lambda: time.time() < self._hurry_until)
+            await trainer.follow(lambda: time.monotonic() < self._hurry_until)
         except Exception:  # whatever it is, the other trainers are watched as before
             log.exception("bug while watching a trainer", trainer=stem)
             self._refuse(stem, "it cannot be watched")
@@ -179,28 +181,52 @@ class _Trainer:
         self._notes: set[str] = set()
         self._moved = time.time()
         self._counters: object = None
+        self._due = 0.0
+        self._clock_s = time.time() - time.monotonic()
 
     async def follow(self, hurried: Callable[[], bool]) -> None:
         """Read, deliver, wait; until the process is dead."""
-        due = 0.0
         try:
             while True:
+                self._heed_clock()
                 self._reread()
                 dead = self._is_dead()
                 wrong = self._looks_wrong(time.time())
-                if dead or due <= time.time() or (wrong and self.view.looks_wrong_since is None):
+                if (
+                    dead
+                    or self._due <= time.time()
+                    or (wrong and self.view.looks_wrong_since is None)
+                ):
                     await self._read(dead)
                     now = time.time()
                     self._note_wrong(now)
-                    due = self._next(now, hurried())
+                    self._due = self._next(now, hurried())
                 if dead:
                     return
-                await asyncio.sleep(min(self._pace.fast_s, max(0.0, due - time.time())))
+                await asyncio.sleep(min(self._pace.fast_s, max(0.0, self._due - time.time())))
         finally:
             if self._ring is not None:
                 self._ring.close()
             if self._is_dead():
                 self._clear_away()
+
+    def _heed_clock(self) -> None:
+        """If the clock was set, all times that are remembered move with it."""
+        clock_s = time.time() - time.monotonic()
+        by_s, self._clock_s = clock_s - self._clock_s, clock_s
+        if abs(by_s) < _CLOCK_SET_S:
+            return
+        log.warning("the clock was set", by_s=round(by_s, 3))
+        self._due += by_s
+        self._moved += by_s
+        self._open_since = {key: at + by_s for key, at in self._open_since.items()}
+        if self.view.silent_since is not None:
+            self.view.silent_since += by_s
+        if self.view.looks_wrong_since is not None:
+            self.view.looks_wrong_since += by_s
+        for reader in (self._recorder, self._timing):
+            if reader is not None:
+                reader.began_at += by_s
 
     # What it shows.
 

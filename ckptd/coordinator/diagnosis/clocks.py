@@ -29,6 +29,9 @@ class Clocks:
         if not 0 <= now - asked <= 10:
             return
         offset = Offset(at - (asked + now) / 2, (now - asked) / 2)
+        known = self.offset(node, now)
+        if abs(offset.ahead_s - known.ahead_s) > offset.error_s + known.error_s:
+            self._answers.pop(node, None)  # its clock has been set meanwhile
         self._answers.setdefault(node, deque(maxlen=_KEPT)).append((now, offset))
 
     def offset(self, node: str, now: float) -> Offset:
