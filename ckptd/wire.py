@@ -18,6 +18,7 @@ from ckptd.terms import Obeyed
 PROTOCOL_VERSION = 4
 FRAME_LIMIT_BYTES = 64 << 20
 TRAINER_FRAME_LIMIT_BYTES = 64 << 10  # one SEQPACKET datagram
+SLOTS_LIMIT = 1 << 10  # of one rank
 
 _MAGIC = b"ck"
 
@@ -43,9 +44,9 @@ class Attach(Message, frozen=True):
     rank: Rank
     world_size: WorldSize
     every: int
-    slots: int
+    slots: Annotated[int, msgspec.Meta(ge=1, le=SLOTS_LIMIT)]
     life: Count = 0
-    keep: Annotated[int, msgspec.Meta(ge=1)] = 1
+    keep: Annotated[int, msgspec.Meta(ge=1, lt=SLOTS_LIMIT)] = 1
     elastic: bool = False
 
 

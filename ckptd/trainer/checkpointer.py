@@ -26,7 +26,7 @@ from ckptd.trainer.client import AgentClient
 from ckptd.trainer.loading import OpenSegment, SavedState, check_fits, load
 from ckptd.trainer.objects import load_objects
 from ckptd.trainer.state import LiveState, Stateful
-from ckptd.wire import Attach, OpenLayout, Outcome, Resumed, Ticket
+from ckptd.wire import SLOTS_LIMIT, Attach, OpenLayout, Outcome, Resumed, Ticket
 
 log = logging.getLogger("ckptd")
 
@@ -124,10 +124,10 @@ class Checkpointer:
         self._config = trainer_config(job, agent, keep=keep)
         least = self._config.keep + 1
         self._slots = least if slots is None else slots
-        if self._slots < least:
+        if not least <= self._slots <= SLOTS_LIMIT:
             raise ConfigError(
                 f"slots={slots}: keep={least - 1} hold a snapshot each, and one takes the next: "
-                f"{least} or more"
+                f"{least} or more, and at most {SLOTS_LIMIT}"
             )
         self._optimizers = (
             dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}

@@ -234,7 +234,8 @@ def test_at_the_socket_for_trainers(here: Garbled, numbers: random.Random) -> No
     frames = frames_of(TrainerMessage, LauncherMessage)
     rejections: Decoder[Rejected] = Decoder(Rejected)
     # An empty one would be the end of the connection.
-    sent = [frame or b"?" for frame in nonsense(frames, decoder, numbers, COUNT)]
+    sent = [frame or b"?" for frame in nonsense(frames, decoder, numbers, COUNT - 1)]
+    sent.append(encode(Attach("odd", "r", 0, 1, 1, HUGE)))  # more files than there can be
     local = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     local.settimeout(30)
     with here.drops(COUNT, "n0"), local:
