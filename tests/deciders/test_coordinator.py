@@ -928,6 +928,15 @@ class TestResume:
         assert (job.life, len(cluster.tickets("a"))) == (grant.life, count)
         assert cluster.tickets("a")[-1].step < 999
 
+    def test_messages_of_a_life_that_was_never_granted_are_counted_and_dropped(self) -> None:
+        cluster = trained("a", "b")
+        job = cluster.coordinator.jobs[JOB]
+        before, snapshots = dict(job.attachments), set(job.snapshots)
+        cluster.say("a", RankReport(msgspec.structs.replace(cluster.state(0), life=9, step=999)))
+        cluster.say("a", Holds(Holding(snapshot(9, 5), 2, (Extent(0, 1),))))
+        assert (job.life, job.attachments, set(job.snapshots)) == (1, before, snapshots)
+        assert cluster.coordinator.bad_messages == 2
+
 
 class TestEnd:
     def test_finished_by_all_ranks_forgets_the_job(self) -> None:

@@ -588,6 +588,22 @@ class TestEncoding:
         assert node.use(encode.name) is Use.FREE
         assert node.lifecycle.problems == []
 
+    def test_a_manifest_that_cannot_be_stored_ends_it_and_it_may_be_tried_again(self) -> None:
+        node = Node()
+        node.train()
+        id = snapshot(1, 4)
+        name = node.seal(id)
+        (encode,) = only(ev.Encode, node.order(Protect(manifest_of(id), {"b": "b:1"})))
+        done = node.do(ev.ManifestNotKept(id, "no space left"))
+        assert ev.StopEncode(id) in done
+        assert node.use(encode.name) is Use.FREE
+        (failed,) = reports(done, SnapshotFailed)
+        assert failed.reason == "no space left"
+        assert node.use(name) is Use.SEALED
+        done = node.order(Protect(manifest_of(id), {"b": "b:1"}))
+        assert only(ev.KeepManifest, done)
+        assert only(ev.Encode, done)
+
     def test_encoding_that_was_faster_than_its_drop(self) -> None:
         node = Node()
         node.train()
