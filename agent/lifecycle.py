@@ -90,6 +90,7 @@ from ckptd.wire import (
 PROGRESS_INTERVAL_S = 0.02
 _WAITING_INTERVAL_S = 2.0
 _PROBLEMS_KEPT = 20
+_WAITS_KEPT = 64
 _NO_LIFE = 0  # for which a segment is fetched that no trainer has asked for
 
 
@@ -752,7 +753,7 @@ class Lifecycle:
         grant = self.grants.get(trainer.job)
         unknown = grant is None or grant.life < message.life  # this agent was restarted meanwhile
         if message.life > trainer.life or (unknown and isinstance(message, Restore)):
-            trainer.waits.append(message)
+            trainer.waits = [*trainer.waits, message][-_WAITS_KEPT:]
             return
         if message.life < trainer.life:
             self._tell(trainer.conn, Rejected("Refused", f"life {message.life} is over"))

@@ -100,11 +100,14 @@ class Garbled(Overheard):
         after = self.wait_for_protected(self.wait_for_protected(self.protected()))
         assert after.life == 1
         assert self.dropped(node) == known + count
+        self.wait("both nodes to be live", self._are_live)
         assert self.job(JOB)["attached_ranks"] == len(self.places)
-        assert {self.node(name)["state"] for name in self.places} == {"live"}
         for name, process in self.processes.items():
             assert process.poll() is None, self.log(name)
             assert "Traceback" not in self.log(name)
+
+    def _are_live(self) -> bool:
+        return {self.node(name)["state"] for name in self.places} == {"live"}
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_a_node_and_then_the_coordinator_are_cut_off_and_come_back(here: Apart) 
     assert here.protected() == cut_off, "protected without the node that is cut off"
     here.cables.mend(2)
     back = here.wait_for_protected(cut_off)
-    assert here.state("n2") == "live"
+    here.wait("n2 to be live", lambda: here.state("n2") == "live")
 
     coordinator = here.status()["coordinator"]["id"]
     step = here.trained_steps()
@@ -156,5 +156,5 @@ def test_a_node_that_is_cut_off_for_a_moment_in_mid_encode(here: Apart) -> None:
     here.cables.mend(1)
     after = here.wait_for_protected(here.wait_for_protected(here.protected()))
     assert after.life == before.life
-    assert here.state("n1") == "live"
+    here.wait("n1 to be live", lambda: here.state("n1") == "live")
     assert not any(node["sent_damaged_cells"] for node in here.status()["nodes"])
