@@ -224,9 +224,10 @@ class _Trainer:
             self.view.silent_since += by_s
         if self.view.looks_wrong_since is not None:
             self.view.looks_wrong_since += by_s
-        for reader in (self._recorder, self._timing):
-            if reader is not None:
-                reader.began_at += by_s
+        if self._recorder is not None:
+            self._recorder.began_at += by_s
+        if self._timing is not None:
+            self._timing.began_at += by_s
 
     # What it shows.
 
