@@ -30,6 +30,7 @@ from ckptd.wire import (
     Look,
     LookAt,
     Looked,
+    Pause,
     Sketched,
     TellAll,
     Transferred,
@@ -167,10 +168,11 @@ class Reports:
                 wrong = {
                     (v.introduction.job, v.introduction.life)
                     for v in views
-                    if v.looks_wrong_since is not None
+                    if v.looks_wrong_since is not None or v.introduction.paused is not None
                 }
                 for sketch in self._sketcher.sketches(now, live, wrong):
-                    self._send(Sketched(sketch))
+                    shown = self._shown(sketch.job, sketch.life)
+                    self._send(Sketched(sketch, pauses_of(shown, time.monotonic())))
                 if time.monotonic() - told_transfers_at >= _TRANSFERS_EVERY_S:
                     told_transfers_at = time.monotonic()
                     if transfers := self._peers.take_transfers():
@@ -254,6 +256,15 @@ class Reports:
         if killed:
             self.killed += killed
             log.warning("trainers killed", job=order.job, life=order.life, reason=order.reason)
+
+
+def pauses_of(shown: Iterable[Introduction], now: float) -> dict[int, Pause]:
+    """By rank, what trainers have said that they do instead of training; `now` is monotonic."""
+    return {
+        told.rank: Pause(paused.what, max(0.0, now - paused.since), paused.at_most_s)
+        for told in shown
+        if (paused := told.paused) is not None
+    }
 
 
 def looks_of(

@@ -25,6 +25,16 @@ FILE_LIMIT_BYTES = 4 << 20
 _Kind = TypeVar("_Kind")
 
 
+class Paused(msgspec.Struct, frozen=True):
+    """The trainer does something else than training, on purpose."""
+
+    what: str
+    since: float
+    """Of the monotonic clock, which is the same for all processes of a machine."""
+    at_most_s: float
+    """After so many seconds it counts no more."""
+
+
 class Introduction(msgspec.Struct, frozen=True):
     """Who a trainer process is, and what can be asked of it. Empty: not there."""
 
@@ -47,6 +57,7 @@ class Introduction(msgspec.Struct, frozen=True):
     stacks: str = ""
     problems: tuple[str, ...] = ()
     """What is not seen, and how to switch it on."""
+    paused: Paused | None = None
 
 
 class Pulse(msgspec.Struct, frozen=True):

@@ -406,10 +406,19 @@ class Kept(Message, frozen=True):
     log: LogSummary
 
 
+class Pause(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank does instead of training, for how long by now, and for how long at most."""
+
+    what: str
+    for_s: float
+    at_most_s: float
+
+
 class Sketched(Message, frozen=True):
-    """How far the ranks of a node have come in their collectives."""
+    """How far the ranks of a node have come in their collectives, and which of them are paused."""
 
     sketch: Sketch
+    pauses: dict[int, Pause] = {}
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True):

@@ -190,6 +190,13 @@ def _health(diagnosis: Mapping[str, Any], job: str, training: bool) -> list[Text
             found.append(Text(f"  second witness: {one['witness']}", style))
     if found:
         found.append(Text("  `ckptd incidents` has more", show.PAST))
+    for one in known["pauses"]:
+        if one["over"]:
+            text = (
+                f"rank {one['rank']} is paused for {show.age(one['for_s'])} by now, and said "
+                f"{show.age(one['at_most_s'])} at most: {one['what']}"
+            )
+            found.append(show.note(text, show.BAD))
     if known["restarts_stopped"]:
         found.append(show.note(known["restarts_stopped"], show.BAD))
     if training and known["unseen_ranks"]:

@@ -3,7 +3,8 @@
 import logging
 import mmap
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -26,7 +27,10 @@ from ckptd.trainer.client import AgentClient
 from ckptd.trainer.loading import OpenSegment, SavedState, check_fits, load
 from ckptd.trainer.objects import load_objects
 from ckptd.trainer.state import LiveState, Stateful
+from ckptd.watching import Paused
 from ckptd.wire import SLOTS_LIMIT, Attach, OpenLayout, Outcome, Resumed, Ticket
+
+_PAUSE_TEXT_MAX = 200
 
 log = logging.getLogger("ckptd")
 
@@ -142,6 +146,7 @@ class Checkpointer:
         self._client = AgentClient(self._config.agent or str(embedded.places().socket))
         self._agreement: Agreement | None = None
         self._capture: Capture | None = None
+        self._shown: worker_server.Shown | None = None
         self._life = 0
         self._step = 0
         self._layout_due = True
@@ -252,6 +257,45 @@ class Checkpointer:
         if self._capture is not None:
             self._capture.gate()
 
+    @contextmanager
+    def pause(self, what: str, at_most_s: float = 3600.0) -> Iterator[None]:
+        """Say that this rank does something else than training for a while.
+
+        ::
+
+            with ckpt.pause("evaluation"):
+                evaluate(model)
+
+        Until the block ends this rank's silence is no hang, whatever its process does, and `ckptd
+        status` says why. Only a rank that does something else says so: those that wait for it in a
+        collective need not. After `at_most_s` seconds the pause counts no more: it may have been
+        forgotten, or the rank may hang in it. Without a pause, too, a rank that makes progress is
+        left alone.
+
+        Raises ConfigError for a pause without a name or an end, and nothing else.
+        """
+        if not what or not 0 < at_most_s < float("inf"):
+            raise ConfigError(
+                f"pause({what!r}, at_most_s={at_most_s}): say what is done, and for how many "
+                "seconds at most, more than 0"
+            )
+        began = monotonic()
+        before = self._shown.introduction.paused if self._shown is not None else None
+        self._introduce_pause(Paused(what[:_PAUSE_TEXT_MAX], began, at_most_s))
+        try:
+            yield
+        finally:
+            self._introduce_pause(before)
+            lasted_s = monotonic() - began
+            if lasted_s > at_most_s:
+                log.warning(
+                    "ckptd: the pause for %s lasted %.0f s, and counted for %.0f s only: pass a "
+                    "larger at_most_s",
+                    what,
+                    lasted_s,
+                    at_most_s,
+                )
+
     def close(self, finished: bool = False) -> None:
         """Wait for the capture that is under way, and leave.
 
@@ -308,13 +352,17 @@ class Checkpointer:
     def _show(self, agree: Agreement) -> None:
         """Let the agent see this rank's collectives; without that, training goes on as well."""
         config = replace(watch_config(), agent=self._config.agent)
-        shown = worker_server.start(config)
+        self._shown = shown = worker_server.start(config)
         if shown is not None:
             shown.introduce(
                 job=self.job, rank=agree.rank, world_size=agree.world_size, life=self._life
             )
             if config.timing:
                 timing.start(shown)
+
+    def _introduce_pause(self, paused: Paused | None) -> None:
+        if self._shown is not None:
+            self._shown.introduce(paused=paused)
 
     def _decide(
         self, agree: Agreement, rejected: tuple[SnapshotId, ...], deadline: float

@@ -143,9 +143,9 @@ def _declare(case: Case, job: Job, detector: Detector, at: float) -> None:
         return
     evaluates = job.fault_at <= at < job.fault_at + fault.seconds + job.shape.step_s
     if evaluates:
-        detector.pause("evaluation")
-    elif detector.quiet_because.startswith("paused"):
-        detector.resume(at)
+        detector.pause({0: "evaluation"}, at)
+    else:
+        detector.pause({}, at)
 
 
 def _probed(job: Job, finding: Finding, nodes: list[str]) -> Finding:

@@ -127,10 +127,10 @@ def test_a_declared_pause_is_quiet_and_what_came_before_is_not_forgotten() -> No
 
     def observe(at: float, sketches: list[Sketch]) -> bool:
         if job.fault_at <= at < job.fault_at + 101:
-            watcher.pause("evaluation")
-            assert watcher.quiet_because == "paused: evaluation"
+            watcher.pause({0: "evaluation"}, at)
+            assert watcher.quiet_because == "paused: evaluation (rank 0)"
         elif watcher.quiet_because.startswith("paused"):
-            watcher.resume(at)
+            watcher.pause({}, at)
             assert not watcher.quiet_because
         for sketch in sketches:
             watcher.observe(sketch, at)

@@ -61,8 +61,8 @@ class Picture:
             parts=tuple(parts),
         )  # fmt: skip
 
-    def finding(self) -> Finding | None:
-        stall = find_stall(self.table, 2.0, 5.0, NOW)
+    def finding(self, paused: tuple[int, ...] = ()) -> Finding | None:
+        stall = find_stall(self.table, 2.0, 5.0, NOW, paused)
         return stall and explain.stall(self.table, stall, 2.0, Thresholds(), NOW)
 
 
@@ -100,6 +100,13 @@ def test_who_is_late_because_it_waits_elsewhere_is_a_victim() -> None:
     assert finding is not None
     assert finding.culprit.ranks == (5,)
     assert finding.victims == 4
+
+
+def test_who_has_paused_hangs_for_nobody_and_hides_nobody() -> None:
+    assert Picture().draw(CHAIN).finding(paused=(5,)) is None
+    assert Picture().draw(CHAIN).finding(paused=(4,)).culprit.ranks == (5,)
+    absent = Picture().draw([("dp", {0: waits(7), 1: past(6), 2: past(6)})])
+    assert absent.finding(paused=(1,)).culprit.ranks == (2,)
 
 
 def test_without_wait_chains_victims_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

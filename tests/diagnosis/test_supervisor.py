@@ -28,6 +28,7 @@ from ckptd.wire import (
     Look,
     LookAt,
     Looked,
+    Pause,
     Sketched,
     TellAll,
 )
@@ -35,6 +36,7 @@ from ckptd.wire import (
 JOB = "job"
 STEP_S = 0.25
 WALL_S = 1000.0
+PAUSED_S = 30.0
 STOPPED = (Look(0.0, "T"), Look(1.1, "T"))
 BUSY = (Look(0.0, "R", 0.0, 0, "a"), Look(1.1, "R", 1.0, 0, "a"))
 STUCK = (Look(0.0, "S", 0.0, 0, "train\nlocked"), Look(1.1, "S", 0.0, 0, "train\nlocked"))
@@ -50,6 +52,8 @@ class Job:
     step: int = 0
     does: tuple[Look, Look] = STOPPED
     """What rank 1 is seen to do."""
+    paused_at: float | None = None
+    """Since when rank 1 says that it evaluates."""
     journal: Journal = field(default_factory=Journal)
     notes: list[Note] = field(default_factory=list)
     orders: list[Tell] = field(default_factory=list)
@@ -87,7 +91,10 @@ class Job:
             for name, node in self.nodes.items():
                 sketch = node.sketch(self.now + WALL_S, name in self.whole)
                 self.whole.discard(name)
-                self.all.heard(name, Sketched(sketch), self.now)
+                pauses = {}
+                if name == "n1" and self.paused_at is not None:
+                    pauses = {1: Pause("evaluation", self.now - self.paused_at, PAUSED_S)}
+                self.all.heard(name, Sketched(sketch, pauses), self.now)
             self.tick()
 
     def _record(self, rank: int, ended: bool) -> Collective:
@@ -265,6 +272,42 @@ def test_a_node_at_fault_twice_is_isolated_if_so_told() -> None:
         job.resume(job.step, job.now)
         job.run(60)
     assert job.kept(Isolated)[0].node == "n1"
+
+
+def test_who_has_paused_is_left_alone_until_that_lasts_too_long(job: Job) -> None:
+    job.paused_at = job.now
+    job.run(100, hung=True)
+    assert job.ordered(LookAt) == []
+    assert job.all.jobs[JOB].quiet_because(job.now) == "paused: evaluation (rank 1)"
+    (shown,) = job.all.status(job.now)["jobs"][JOB]["pauses"]
+    assert (shown["rank"], shown["over"]) == (1, False)
+    job.run(40, hung=True)
+    assert job.kinds() == ["pause_overrun", "hang_suspected", "restart_ordered"]
+    assert job.all.status(job.now)["jobs"][JOB]["pauses"][0]["over"]
+
+
+def test_a_pause_is_known_to_the_next_coordinator_and_ends_with_its_block(job: Job) -> None:
+    job.paused_at = job.now
+    later = Job(paused_at=job.now)
+    later.run(60)
+    assert later.all.jobs[JOB].quiet_because(later.now) == "paused: evaluation (rank 1)"
+    job.run(40)
+    job.paused_at = None
+    job.run(10)
+    assert not job.all.jobs[JOB].quiet_because(job.now)
+    job.run(40, hung=True)
+    assert job.kinds() == ["hang_suspected", "restart_ordered"]
+
+
+def test_a_pause_ends_with_the_life_and_is_nobody_elses_to_declare(job: Job) -> None:
+    job.paused_at = job.now
+    job.run(1)
+    foreign = job.nodes["n0"].sketch(job.now + WALL_S)
+    job.all.heard("n0", Sketched(foreign, {1: Pause("lies", 0.0, 1e9)}), job.now)
+    assert [one["what"] for one in job.all.jobs[JOB].pauses(job.now)] == ["evaluation"]
+    job.paused_at = None
+    job.resume(50, job.now)
+    assert job.all.jobs[JOB].pauses(job.now) == []
 
 
 def test_a_sketch_whose_layout_is_not_known_is_asked_for_as_a_whole() -> None:

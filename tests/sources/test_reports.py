@@ -13,18 +13,19 @@ import pytest
 
 from ckptd.agent import witness
 from ckptd.agent.cells import Peers
-from ckptd.agent.reports import Reports, Sketcher, family_used, looks_of, main_stack
+from ckptd.agent.reports import Reports, Sketcher, family_used, looks_of, main_stack, pauses_of
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.keys import ClusterKey
 from ckptd.watching import (
     INTRODUCTION_SUFFIX,
     Introduction,
     Observed,
+    Paused,
     publish,
     started_ticks,
     trainers_dir,
 )
-from ckptd.wire import AskClock, Clock, KillWorkers, Transfer
+from ckptd.wire import AskClock, Clock, KillWorkers, Pause, Transfer
 
 WORLD = (GroupInfo("0", (0, 1), "gloo"),)
 DUMP = """Current thread 0x00007f1 (most recent call first):
@@ -115,6 +116,15 @@ def test_who_waits_for_busy_children_makes_progress():
         for child in psutil.Process(parent.pid).children():
             child.kill()
         parent.wait()
+
+
+def test_pauses_are_told_by_rank_with_their_age():
+    told = [
+        Introduction(1, 1, rank=0, paused=Paused("evaluation", 90.0, 60.0)),
+        Introduction(2, 2, rank=1),
+        Introduction(3, 3, rank=2, paused=Paused("export", 101.0, 60.0)),  # a clock was set back
+    ]
+    assert pauses_of(told, 100.0) == {0: Pause("evaluation", 10.0, 60.0), 2: Pause("export", 0, 60)}
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_a_stopped_rank_is_named_and_killed_and_the_job_ends_equal(watched):
     here.check_digests(2)
 
 
-def test_who_evaluates_is_left_alone_and_who_waits_for_ever_is_not(watched):
+def test_who_evaluates_or_has_paused_is_left_alone_and_who_waits_for_ever_is_not(watched):
     here = watched(1, "restart")
     here.launch("--faulty", "0", ranks=2)
     here.begin("evaluates")
@@ -151,8 +151,14 @@ def test_who_evaluates_is_left_alone_and_who_waits_for_ever_is_not(watched):
     assert here.incidents() == []
     assert here.events("restart_ordered") == []
 
-    here.begin("waits_for_ever")
+    here.begin("waits_in_a_pause")
+    quiet = "paused: evaluation (rank 0)"
+    here.wait("the pause to be known", lambda: here.diagnosis()["quiet_because"] == quiet, 60)
     here.wait_for_life(2)
+    kinds = [event["kind"] for event in here.status()["events"]]
+    calm, overrun = kinds.index("finding_over"), kinds.index("pause_overrun")
+    assert "hang_suspected" not in kinds[calm:overrun]
+    assert "hang_suspected" in kinds[overrun:]
     (incident,) = here.incidents()
     assert incident["ranks"] == [0]
     assert "waits_for_ever" in incident["stacks"]["0"]

@@ -40,25 +40,31 @@ class Data:
         self.random.setstate(state["random"])
 
 
-def waits_for_ever() -> None:
+def waits_for_ever(ckpt: ckptd.Checkpointer) -> None:
     """A deadlock."""
     lock = threading.Lock()
     lock.acquire()
     lock.acquire()
 
 
-def evaluates() -> None:
+def waits_in_a_pause(ckpt: ckptd.Checkpointer) -> None:
+    """A deadlock that looks like an evaluation, but not for ever."""
+    with ckpt.pause("evaluation", at_most_s=5.0):
+        waits_for_ever(ckpt)
+
+
+def evaluates(ckpt: ckptd.Checkpointer) -> None:
     """Busy, for as long as the test likes."""
     while os.path.exists(f"{os.environ['FAULTS']}/evaluates"):
         sum(range(10_000))
 
 
-def dawdles() -> None:
+def dawdles(ckpt: ckptd.Checkpointer) -> None:
     """A bit slower than the others, at each step."""
     time.sleep(0.05)
 
 
-FAULTS = (waits_for_ever, evaluates, dawdles)
+FAULTS = (waits_in_a_pause, evaluates, dawdles)
 """What a rank does while there is a file of that name in the directory FAULTS, in life 1."""
 
 
@@ -141,7 +147,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
         if rank == args.faulty and ckpt is not None and ckpt.life == 1:
             for fault in FAULTS:
                 if os.path.exists(f"{os.environ['FAULTS']}/{fault.__name__}"):
-                    fault()
+                    fault(ckpt)
         loss = model(data.next()).square().mean()
         over = torch.tensor(float(bool(args.until) and os.path.exists(args.until)))
         if world_size > 1:

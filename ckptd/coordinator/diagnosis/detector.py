@@ -1,13 +1,13 @@
 """Who is slow, who hangs: the decider that is fed with sketches. No IO, clock or randomness."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ckptd.coordinator.diagnosis import explain
-from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope
+from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope, listed
 from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
 from ckptd.coordinator.diagnosis.slowness import History
 from ckptd.coordinator.diagnosis.table import Table
@@ -45,7 +45,7 @@ class Detector:
         self._node_gaps: deque[float] = deque(maxlen=self.thresholds.gap_windows)
         self._meter = Meter(self.thresholds.window_ops, self.thresholds.rows_min)
         self._history = History(self.thresholds)
-        self._pause = ""
+        self._paused: dict[int, str] = {}
         self._began = False
         self._windows = 0
 
@@ -57,14 +57,15 @@ class Detector:
         offset = offset or Offset()
         return self.table.observe(sketch, now, offset.ahead_s, offset.error_s)
 
-    def pause(self, what: str) -> None:
-        """The program has said that it does something else, such as "evaluation"."""
-        self._pause = what
+    def pause(self, ranks: Mapping[int, str], now: float) -> None:
+        """What ranks have said that they do instead of training, such as "evaluation".
 
-    def resume(self, now: float) -> None:
-        """It is back. What happened meanwhile counts for nothing."""
-        self._pause = ""
-        self._forget_silence(now)
+        They hang for nobody, and slowness is not looked for. When one of them is back, the silence
+        meanwhile counts for nothing.
+        """
+        if self._paused.keys() - ranks.keys():
+            self._forget_silence(now)
+        self._paused = dict(ranks)
 
     def replan(self, now: float) -> None:
         """The program changes: what was usual is so no more (also after compilation)."""
@@ -76,8 +77,10 @@ class Detector:
     @property
     def quiet_because(self) -> str:
         """Why there are no findings of slowness now, and hangs only after long; "" if there are."""
-        if self._pause:
-            return f"paused: {self._pause}"
+        if self._paused:
+            what = ", ".join(sorted(set(self._paused.values())))
+            several = "s" if len(self._paused) > 1 else ""
+            return f"paused: {what} (rank{several} {listed(sorted(self._paused))})"
         if self._history.is_learning:
             return "learning what is usual in this job"
         return ""
@@ -100,13 +103,15 @@ class Detector:
     def findings(self, now: float) -> list[Finding]:
         """What is new, changed, or over, since this was last asked."""
         self.table.flush()
-        if self._pause or not self.table.used:
+        if not self.table.used:
             return self._update({}, now, lambda finding: True)
-        if not self._began:
+        if self._paused:
+            self._began = False
+        elif not self._began:
             self._began = True
             self._meter.begin(self.table, now)
         news = self._update(self._hangs(now), now, lambda finding: finding.kind.is_hang)
-        if not any(finding.kind.is_hang for finding in self.open.values()):
+        if self._began and not any(finding.kind.is_hang for finding in self.open.values()):
             news += self._end_window(now)
         return news
 
@@ -120,10 +125,10 @@ class Detector:
 
     def _hangs(self, now: float) -> dict[str, Finding]:
         timeout_s = self.hang_timeout_s
-        stall = find_stall(self.table, timeout_s, self.stale_s, now)
+        stall = find_stall(self.table, timeout_s, self.stale_s, now, tuple(self._paused))
         if stall is not None:
             return {_HANG: explain.stall(self.table, stall, timeout_s, self.thresholds, now)}
-        if all_idle(self.table, self.thresholds.idle_s, self.stale_s, now):
+        if not self._paused and all_idle(self.table, self.thresholds.idle_s, self.stale_s, now):
             return {_HANG: explain.idle(self.table, self.thresholds.idle_s, now)}
         return {}
 

@@ -7,6 +7,7 @@ in a group that all its ranks have entered (its communication hangs), or in a ci
 their operations in different orders). So these ends are looked for, all at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +39,13 @@ class Stall:
     """When the culprits last made progress (monotonic seconds)."""
 
 
-def find_stall(table: Table, timeout_s: float, stale_s: float, now: float) -> Stall | None:
+def find_stall(
+    table: Table, timeout_s: float, stale_s: float, now: float, paused: Sequence[int] = ()
+) -> Stall | None:
     """Where all chains of waiting end, if some ranks have waited for `timeout_s` without progress.
 
     Nodes that were not heard of for `stale_s` are unknown: nothing follows from what they lack.
+    `paused` ranks do something else on purpose, and whoever waits for them does well to.
     """
     if not table.used:
         return None
@@ -49,8 +53,11 @@ def find_stall(table: Table, timeout_s: float, stale_s: float, now: float) -> St
     if not view.waits.any():
         return None
     roots = np.unique(view.rank[view.absent & view.heard & view.silent & ~view.waits_anywhere])
+    at_fault = np.setdiff1d(roots, paused).astype(np.int64)
+    if len(at_fault):
+        return view.stall(roots=at_fault, group=view.oldest(view.groups_lacking(at_fault)))
     if len(roots):
-        return view.stall(roots=roots, group=view.oldest(view.groups_lacking(roots)))
+        return None
     silent_groups = view.silent_groups()
     if len(silent_groups):
         return view.stall(silent_groups=silent_groups, group=view.oldest(silent_groups))

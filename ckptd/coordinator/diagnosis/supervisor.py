@@ -38,6 +38,7 @@ from ckptd.wire import (
     Look,
     LookAt,
     Looked,
+    Pause,
     Sketched,
     TellAll,
     Transferred,
@@ -139,6 +140,19 @@ class _Case:
     repeat_at: float = 0.0
 
 
+@dataclass(slots=True)
+class _Paused:
+    """A rank that has said that it does something else."""
+
+    node: str
+    told: Pause
+    heard_at: float
+    overran: bool = False
+
+    def for_s(self, now: float) -> float:
+        return self.told.for_s + now - self.heard_at
+
+
 class Supervisor:
     """Watches one job, over its lives."""
 
@@ -153,6 +167,7 @@ class Supervisor:
         self._ended: Ended | None = None
         self._policy: Policy | None = None
         self._wanted_at: dict[str, float] = {}
+        self._paused: dict[int, _Paused] = {}
         self._began_at = 0.0
         self._heard_at: float | None = None
 
@@ -165,6 +180,7 @@ class Supervisor:
             self._end_slow(now, "its life has ended")
             self.case = None
             self._wanted_at.clear()
+            self._paused.clear()
             self._began_at, self._heard_at = now, None
         elif not self._began_at:
             self._began_at = now
@@ -181,6 +197,7 @@ class Supervisor:
             self._parent.note_once("sketch_refused", self.job, f"{node}: {error}")
             return
         self._heard_at = now
+        self._hear_pauses(node, message.pauses, now)
         if not known and now >= self._wanted_at.get(node, 0.0):
             self._wanted_at[node] = now + _TELL_ALL_S
             self._tell(node, TellAll(self.job, self.life.number))
@@ -263,6 +280,7 @@ class Supervisor:
 
     def tick(self, now: float) -> None:
         """Let time pass."""
+        self._end_overrun(now)
         if self.life.trains or self.case is not None:
             for finding in self.detector.findings(now):
                 if finding.kind.is_hang:
@@ -298,6 +316,46 @@ class Supervisor:
                 "more"
             )
         return self.detector.quiet_because
+
+    # Pauses.
+
+    def pauses(self, now: float) -> list[dict[str, Any]]:
+        """JSON-ready: what ranks do instead of training; `over`: for longer than they said."""
+        return [
+            {
+                "rank": rank,
+                "what": paused.told.what,
+                "for_s": paused.for_s(now),
+                "at_most_s": paused.told.at_most_s,
+                "over": paused.overran,
+            }
+            for rank, paused in sorted(self._paused.items())
+        ]
+
+    def _hear_pauses(self, node: str, pauses: Mapping[int, Pause], now: float) -> None:
+        for rank in [rank for rank, paused in self._paused.items() if paused.node == node]:
+            if rank not in pauses:
+                del self._paused[rank]
+        for rank, told in pauses.items():
+            if self.life.members.get(rank, node) != node:
+                continue
+            old = self._paused.get(rank)
+            overran = old is not None and old.overran and told.for_s >= old.told.for_s
+            self._paused[rank] = _Paused(node, told, now, overran)
+        self._end_overrun(now)
+
+    def _end_overrun(self, now: float) -> None:
+        """A pause that lasts too long counts no more: it was forgotten, or the rank hangs in it."""
+        for rank, paused in self._paused.items():
+            if not paused.overran and paused.for_s(now) > paused.told.at_most_s:
+                paused.overran = True
+                text = (
+                    f"rank {rank} is paused for longer than the {paused.told.at_most_s:g} s that "
+                    f"it said ({paused.told.what}): its silence counts again"
+                )
+                self._note("pause_overrun", text, rank=rank)
+        counting = {r: p.told.what for r, p in self._paused.items() if not p.overran}
+        self.detector.pause(counting, now)
 
     # Hangs.
 
@@ -656,6 +714,7 @@ class Supervisors:
             "life": each.life.number,
             "quiet_because": each.quiet_because(now),
             "unseen_ranks": list(each.unseen),
+            "pauses": each.pauses(now),
             "hang_timeout_s": each.detector.hang_timeout_s,
             "restarts_stopped": policy.tripped,
             "findings": [
