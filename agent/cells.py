@@ -29,6 +29,7 @@ from ckptd.logs import BadMessages
 from ckptd.manifest import NodeManifest
 from ckptd.wire import (
     Decoder,
+    GetBytes,
     GetCell,
     GetDecoded,
     GetEncoded,
@@ -143,6 +144,8 @@ class CellServer:
                     self._send_bytes(conn, self._rows(request), request.stripe)
                 case GetDecoded() | GetRecoded():
                     self._send_bytes(conn, self._decoded(request))
+                case GetBytes():
+                    self._send_bytes(conn, bytes(request.size_bytes))
                 case GetManifest():
                     self._send_bytes(conn, msgspec.msgpack.encode(self._manifest(request)))
         except (Gone, CorruptData, Unrecoverable) as error:
@@ -270,6 +273,16 @@ class Peers:
             if isinstance(request, GetCell | GetParity):  # others wait for what is computed
                 self.note_transfer(address, payload.length_bytes, time.monotonic() - began)
             return payload.length_bytes, payload.digest
+
+    def probe(self, address: str, size_bytes: int) -> float:
+        """How long `size_bytes` take from there, in seconds; infinity if they do not come."""
+        body = memoryview(bytearray(size_bytes))
+        began = time.monotonic()
+        try:
+            self.fetch(address, GetBytes(size_bytes), body)
+        except (Gone, ProtocolError, OSError):
+            return float("inf")
+        return time.monotonic() - began
 
     @contextmanager
     def pipeline(self, address: str) -> Iterator["Pipeline"]:

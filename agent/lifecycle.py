@@ -54,6 +54,7 @@ from ckptd.wire import (
     OpenLayout,
     Outcome,
     Outdated,
+    Probe,
     Progress,
     Protect,
     RankLeft,
@@ -468,7 +469,7 @@ class Lifecycle:
                 self._free_snapshot(message.id)
             case Forget() as message:
                 self._forget(message.job)
-            case LookAt() | Collect() | KillWorkers() | AskClock() | TellAll() as message:
+            case LookAt() | Collect() | KillWorkers() | AskClock() | TellAll() | Probe() as message:
                 self._do(ev.Diagnose(message))
             case Activate() as message:
                 for conn, job in list(self.launchers.items()):

@@ -20,6 +20,7 @@ from ckptd.collectives import GroupInfo
 from ckptd.sketches import Aggregator, Sketch
 from ckptd.watching import Introduction, Observed, started_ticks
 from ckptd.wire import (
+    PROBE_LIMIT_BYTES,
     AgentMessage,
     AskClock,
     Clock,
@@ -31,8 +32,11 @@ from ckptd.wire import (
     LookAt,
     Looked,
     Pause,
+    Probe,
+    Probed,
     Sketched,
     TellAll,
+    Transfer,
     Transferred,
 )
 
@@ -51,6 +55,11 @@ _MOVED_BYTES = 1 << 20
 _LIVES_LIMIT = 64
 _ORDERS_LIMIT = 64
 _PATIENCE_S = 10.0
+_PROBES = 4
+"""Of one pair; the first opens the connection."""
+_PROBE_S = 1.5
+"""Patience for one pair, in seconds: what takes longer has failed."""
+_PROBED_NODES_LIMIT = 5
 _LETTERS = {
     "running": "R",
     "sleeping": "S",
@@ -195,6 +204,8 @@ class Reports:
                 self._begin(("collect", order.job, order.incident), self._collect(order))
             case KillWorkers():
                 self._kill(order)
+            case Probe():
+                self._begin(("probe", order.job, order.finding), self._probe(order))
 
     def _begin(self, key: object, work: Awaitable[None]) -> None:
         if key in self._orders or len(self._orders) >= _ORDERS_LIMIT:
@@ -233,15 +244,36 @@ class Reports:
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 folder = await self.diagnosis.collect(order.job, order.reason, apart_s=0.3)
-            answer = Collected(order.job, order.life, order.incident, str(folder))
+                path, problem = str(folder), ""
         except (OSError, TimeoutError) as error:
-            text = f"{self._node}: no incident folder: {error or 'it took too long'}"
-            answer = Collected(order.job, order.life, order.incident, "", text)
-        self._send(answer)
+            path, problem = "", f"{self._node}: no incident folder: {error or 'it took too long'}"
+        places = {told.rank: told.place for told in self._shown(order.job, order.life)}
+        self._send(Collected(order.job, order.life, order.incident, path, problem, places))
+
+    async def _probe(self, order: Probe) -> None:
+        """One after another, so that they do not slow one another; the best of some tries."""
+        found = []
+        for node, address in list(order.cells.items())[:_PROBED_NODES_LIMIT]:
+            seconds, until = float("inf"), time.monotonic() + _PROBE_S
+            for _ in range(_PROBES):
+                trial = asyncio.to_thread(self._peers.probe, address, PROBE_LIMIT_BYTES)
+                with contextlib.suppress(TimeoutError):
+                    left_s = until - time.monotonic()
+                    seconds = min(seconds, await asyncio.wait_for(trial, max(0.0, left_s)))
+                if time.monotonic() >= until:
+                    break
+            found.append(Transfer(node, 1, PROBE_LIMIT_BYTES, seconds))
+        self._send(Probed(order.job, order.life, order.finding, tuple(found)))
+
+    def _end_launchers(self, job: str) -> int:
+        """End what starts trainers of this job here, whatever life they are in by now."""
+        shown = [view.introduction for view in self.diagnosis.views(job)]
+        launchers = {(told.launcher_pid, told.launcher_ticks) for told in shown}
+        return sum(end_launcher(*each) for each in launchers)
 
     def _kill(self, order: KillWorkers) -> None:
         """SIGKILL, for a stopped process ignores all else; and only whom the order means."""
-        killed = 0
+        killed = self._end_launchers(order.job) if order.launchers else 0
         for pidfd in self._pidfds(order.job, order.life):
             killed += _kill(pidfd)
         for told in self._shown(order.job, order.life):
@@ -256,6 +288,20 @@ class Reports:
         if killed:
             self.killed += killed
             log.warning("trainers killed", job=order.job, life=order.life, reason=order.reason)
+
+
+def end_launcher(pid: int, ticks: int) -> int:
+    """SIGKILL a launcher with all that it has started; returns how many that were."""
+    with contextlib.suppress(OSError, psutil.Error):
+        if pid and started_ticks(pid) == ticks:
+            os.kill(pid, signal.SIGSTOP)  # it shall start no more
+            launcher = psutil.Process(pid)
+            family = [*launcher.children(recursive=True), launcher]
+            for process in family:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            return len(family)
+    return 0
 
 
 def pauses_of(shown: Iterable[Introduction], now: float) -> dict[int, Pause]:

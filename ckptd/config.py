@@ -1,13 +1,15 @@
 """Settings from the environment: the one file that reads it."""
 
+import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptd.erasure import AUTO, ENGINE_CHOICES
 from ckptd.errors import ConfigError
 from ckptd.ids import check_job_id
+from ckptd.watching import Place
 
 ENV_JOB = "CKPTD_JOB"
 ENV_AGENT = "CKPTD_AGENT"
@@ -17,6 +19,7 @@ ENV_RENDEZVOUS = "CKPTD_RENDEZVOUS"
 ENV_ERASURE_ENGINE = "CKPTD_ERASURE_ENGINE"
 ENV_TIMING = "CKPTD_TIMING"
 ENV_WATCH = "CKPTD_WATCH"
+_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 FLIGHT_RECORDER_SIZES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """PyTorch's names for the size of its recorder, in operations; the first one wins."""
 FLIGHT_RECORDER_ENTRIES = 256
@@ -104,6 +107,8 @@ class WatchConfig:
     """On with CKPTD_TIMING=1: each collective is timed."""
     recorder_entries: int
     """Size of PyTorch's Flight Recorder, as it is set; 0: off, -1: not set."""
+    place: Place = field(default_factory=Place)
+    """Where the scheduler runs it, as far as it says."""
 
 
 def watch_config(environ: Mapping[str, str] = os.environ) -> WatchConfig:
@@ -117,6 +122,24 @@ def watch_config(environ: Mapping[str, str] = os.environ) -> WatchConfig:
         watch=environ.get(ENV_WATCH, "1") not in ("0", "false", "no"),
         timing=environ.get(ENV_TIMING, "0") in ("1", "true", "yes"),
         recorder_entries=int(entries) if entries.lstrip("-").isdecimal() else -1,
+        place=_place(environ),
+    )
+
+
+def _place(environ: Mapping[str, str]) -> Place:
+    """Slurm tells its own; of Kubernetes a pod knows its name, and the rest if it is told."""
+    pod = environ.get("POD_NAME", "")
+    namespace = environ.get("POD_NAMESPACE", "")
+    if "KUBERNETES_SERVICE_HOST" in environ:
+        pod = pod or environ.get("HOSTNAME", "")
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            namespace = namespace or _NAMESPACE.read_text().strip()
+    return Place(
+        slurm_job=environ.get("SLURM_JOB_ID", ""),
+        slurm_node=environ.get("SLURMD_NODENAME", ""),
+        namespace=namespace,
+        pod=pod,
+        kubernetes_node=environ.get("NODE_NAME", ""),
     )
 
 

@@ -21,8 +21,24 @@ GROUPS_SUFFIX = ".groups"
 PULSE_SUFFIX = ".pulse"
 UNIX_PATH_LIMIT_BYTES = 107
 FILE_LIMIT_BYTES = 4 << 20
+_TORCHRUN_VARIABLE = b"TORCHELASTIC_RUN_ID"
 
 _Kind = TypeVar("_Kind")
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a scheduler runs a trainer, by the scheduler's own names. Empty: not said."""
+
+    slurm_job: str = ""
+    slurm_node: str = ""
+    namespace: str = ""
+    pod: str = ""
+    kubernetes_node: str = ""
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What was said."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if value}
 
 
 class Paused(msgspec.Struct, frozen=True):
@@ -57,7 +73,11 @@ class Introduction(msgspec.Struct, frozen=True):
     stacks: str = ""
     problems: tuple[str, ...] = ()
     """What is not seen, and how to switch it on."""
+    launcher_pid: int = 0
+    """What started it, and starts it anew; 0: nothing does."""
+    launcher_ticks: int = 0
     paused: Paused | None = None
+    place: Place = Place()
 
 
 class Pulse(msgspec.Struct, frozen=True):
@@ -162,6 +182,36 @@ def started_ticks(pid: int) -> int:
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
         return int(stat.rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def launcher_of(pid: int) -> int:
+    """The nearest ancestor that torchrun has not started, so torchrun itself; 0 if there is none.
+
+    To be asked while it is there for certain: orphans are given to other parents.
+    """
+    started_by_torchrun = _has_variable(pid, _TORCHRUN_VARIABLE)
+    while started_by_torchrun and pid > 1:
+        pid = _parent(pid)
+        started_by_torchrun = _has_variable(pid, _TORCHRUN_VARIABLE)
+        if not started_by_torchrun:
+            return pid
+    return 0
+
+
+def _has_variable(pid: int, name: bytes) -> bool:
+    """Whether a process was started with it in its environment."""
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return any(one.startswith(name + b"=") for one in environ.split(b"\0"))
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return 0
 

@@ -14,11 +14,14 @@ from ckptd.journal import Entry, LogSummary
 from ckptd.manifest import Extent, JobManifest, JobRecord
 from ckptd.sketches import Sketch
 from ckptd.terms import Obeyed
+from ckptd.watching import Place
 
 PROTOCOL_VERSION = 4
 FRAME_LIMIT_BYTES = 64 << 20
 TRAINER_FRAME_LIMIT_BYTES = 64 << 10  # one SEQPACKET datagram
 SLOTS_LIMIT = 1 << 10  # of one rank
+
+PROBE_LIMIT_BYTES = 1 << 20
 
 _MAGIC = b"ck"
 
@@ -446,13 +449,17 @@ class Looked(Message, frozen=True):
 
 
 class Collected(Message, frozen=True):
-    """Answer to Collect: where the incident's folder is on this node, or the problem."""
+    """Answer to Collect: where the incident's folder is on this node, or the problem.
+
+    `places`: where its ranks run, as far as their scheduler has told them.
+    """
 
     job: JobId
     life: Count
     incident: Count
     path: str
     problem: str = ""
+    places: dict[int, Place] = {}
 
 
 class Clock(Message, frozen=True):
@@ -477,6 +484,15 @@ class Transferred(Message, frozen=True):
     transfers: tuple[Transfer, ...]
 
 
+class Probed(Message, frozen=True):
+    """Answer to Probe: what each transfer took; infinitely long, if it failed."""
+
+    job: JobId
+    life: Count
+    finding: Count
+    transfers: tuple[Transfer, ...]
+
+
 AgentMessage = (
     Hello
     | Beat
@@ -497,6 +513,7 @@ AgentMessage = (
     | Collected
     | Clock
     | Transferred
+    | Probed
 )
 
 
@@ -677,11 +694,15 @@ class Collect(Message, frozen=True):
 
 
 class KillWorkers(Message, frozen=True):
-    """Kill the trainers of this life on this node, stopped ones too: the launcher starts anew."""
+    """Kill the trainers of this life on this node, stopped ones too: the launcher starts anew.
+
+    `launchers`: end that, too, for the node shall have no part in the job.
+    """
 
     job: JobId
     life: Count
     reason: str
+    launchers: bool = False
 
 
 class AskClock(Message, frozen=True):
@@ -690,7 +711,16 @@ class AskClock(Message, frozen=True):
     asked: float
 
 
-DiagnosisOrder = TellAll | LookAt | Collect | KillWorkers | AskClock
+class Probe(Message, frozen=True):
+    """Get a few MiB from these nodes' cell servers, and say how long that takes, with Probed."""
+
+    job: JobId
+    life: Count
+    finding: Count
+    cells: dict[NodeId, str]
+
+
+DiagnosisOrder = TellAll | LookAt | Collect | KillWorkers | AskClock | Probe
 
 CoordinatorMessage = (
     Welcome
@@ -715,6 +745,7 @@ CoordinatorMessage = (
     | Collect
     | KillWorkers
     | AskClock
+    | Probe
 )
 
 
@@ -875,7 +906,13 @@ class GetManifest(Message, frozen=True):
     node: NodeId
 
 
-PeerRequest = GetCell | GetParity | GetEncoded | GetDecoded | GetRecoded | GetManifest
+class GetBytes(Message, frozen=True):
+    """So many bytes of no meaning, for a measurement; at most PROBE_LIMIT_BYTES."""
+
+    size_bytes: Annotated[int, msgspec.Meta(ge=0, le=PROBE_LIMIT_BYTES)]
+
+
+PeerRequest = GetCell | GetParity | GetEncoded | GetDecoded | GetRecoded | GetManifest | GetBytes
 
 
 class Payload(Message, frozen=True):

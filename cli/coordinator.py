@@ -1,5 +1,6 @@
 """`ckptd coordinator`."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -7,6 +8,7 @@ import click
 from ckptd.cli import options
 from ckptd.coordinator.decider import Settings
 from ckptd.coordinator.diagnosis import Thresholds
+from ckptd.coordinator.diagnosis.actuators import ACTUATORS, COMMAND, TORCHRUN, Actuator
 from ckptd.coordinator.diagnosis.supervisor import OBSERVE, POLICIES, DiagnosisSettings
 from ckptd.coordinator.shell import CoordinatorConfig, run_coordinator
 from ckptd.logs import set_up_logs
@@ -74,6 +76,27 @@ from ckptd.logs import set_up_logs
     "to start them anew, or also a node taken out that is at fault twice.",
 )
 @click.option(
+    "--actuator",
+    type=click.Choice(ACTUATORS),
+    default=TORCHRUN,
+    show_default=True,
+    help="What carries out a restart: only the job's own launchers, or also a command, `kubectl` "
+    "or `scontrol`, run on this machine (docs/diagnosis.md).",
+)
+@click.option(
+    "--actuator-command",
+    metavar="COMMAND",
+    help="For --actuator command: a program and its arguments. It gets the facts in its "
+    "environment, and as JSON on its standard input.",
+)
+@click.option(
+    "--actuator-timeout",
+    type=click.FloatRange(1, 3600),
+    default=Actuator().timeout_s,
+    show_default=True,
+    help="How long one such program may run, in seconds; it is tried three times.",
+)
+@click.option(
     "--window",
     type=click.FloatRange(0.1, 600),
     default=Thresholds().window_min_s,
@@ -115,6 +138,9 @@ def command(
     job_quota: int | None,
     rebuild_after: float,
     policy: str,
+    actuator: str,
+    actuator_command: str | None,
+    actuator_timeout: float,
     window: float,
     announce: Path | None,
     take_over: bool,
@@ -141,6 +167,12 @@ def command(
         raise click.UsageError(
             f"--parity-shards {parity_shards} must be fewer than --group-nodes {group_nodes}"
         )
+    if (actuator == COMMAND) != bool(actuator_command):
+        raise click.UsageError("--actuator command and --actuator-command COMMAND go together")
+    try:
+        program = tuple(shlex.split(actuator_command or ""))
+    except ValueError as error:
+        raise click.UsageError(f"--actuator-command {actuator_command}: {error}") from error
     set_up_logs(log_level, log_json)
     settings = Settings(
         cell_size,
@@ -150,7 +182,11 @@ def command(
         lease,
         rebuild_after_s=rebuild_after,
         job_quota_bytes=job_quota,
-        diagnosis=DiagnosisSettings(policy, Thresholds(window_min_s=window)),
+        diagnosis=DiagnosisSettings(
+            policy,
+            Thresholds(window_min_s=window),
+            actuator=Actuator(actuator, program, actuator_timeout),
+        ),
     )
     if lease_file is not None and kubernetes_lease is not None:
         raise click.UsageError("--lease-file and --kubernetes-lease: one lease is enough")

@@ -19,6 +19,7 @@ from ckptd.coordinator.diagnosis.supervisor import (
     Life,
     Note,
     Remember,
+    Run,
     Supervisors,
     Tell,
 )
@@ -75,6 +76,7 @@ from ckptd.wire import (
     Looked,
     Outdated,
     Present,
+    Probed,
     Protect,
     RankLeft,
     RankReport,
@@ -155,6 +157,8 @@ class Coordinator:
         """What happened, for status."""
         self.news: deque[Event] = deque(maxlen=2000)
         """The same, for the log, which takes it out."""
+        self.runs: deque[Run] = deque()
+        """Programs to be run on this machine; the shell takes them out, and answers with `ran`."""
         self._forgotten: dict[str, int] = {}
         """Jobs that were forgotten, and their last life: a node that was away may still hold it."""
         self._peers: dict[bytes, str] = {}
@@ -163,7 +167,11 @@ class Coordinator:
         self._ticked_at = now
         self._diagnose_at = now
         self.supervisors = Supervisors(
-            settings.diagnosis, lambda: self.journal.next_incident, self._restarts_of
+            settings.diagnosis,
+            lambda: self.journal.next_incident,
+            self._restarts_of,
+            lambda job: sum(1 for _ in self._spares(job)),
+            self._cells_of,
         )
         self._quiet_until = float("inf")
         """Until then no live node can become suspect, or be lost."""
@@ -250,7 +258,7 @@ class Coordinator:
                     node.launchers.discard(message.job)
                 if message.job in self.jobs:
                     self._fill_vacancies(self.jobs[message.job], now)
-            case Sketched() | Looked() | Collected() | Clock() | Transferred():
+            case Sketched() | Looked() | Collected() | Clock() | Transferred() | Probed():
                 self.supervisors.heard(name, message, now)
         return self._flush()
 
@@ -601,21 +609,20 @@ class Coordinator:
                 continue
             if self._is_back(job, lost):
                 continue
-            for name, node in sorted(self.nodes.items()):
-                leaves = self.journal.is_draining(name) or self.journal.is_isolated(name)
-                if node.live and not leaves and job.name in node.launchers:
-                    node.launchers.discard(job.name)
-                    job.vacancies[lost] = name
-                    self._send(name, Activate(job.name))
-                    self._event(
-                        now,
-                        "spare_called",
-                        job.name,
-                        f"{name} takes the place of {lost}",
-                        node=name,
-                        lost=lost,
-                    )
-                    break
+            name = next(self._spares(job.name), "")
+            if name:
+                self.nodes[name].launchers.discard(job.name)
+                job.vacancies[lost] = name
+                self._send(name, Activate(job.name))
+                text = f"{name} takes the place of {lost}"
+                self._event(now, "spare_called", job.name, text, node=name, lost=lost)
+
+    def _spares(self, job: str) -> Iterator[str]:
+        """Nodes that wait to join the job, and may."""
+        for name, node in sorted(self.nodes.items()):
+            leaves = self.journal.is_draining(name) or self.journal.is_isolated(name)
+            if node.live and not leaves and job in node.launchers:
+                yield name
 
     # Trainers.
 
@@ -775,6 +782,8 @@ class Coordinator:
                     self._event(now, action.kind, action.job, action.text, **action.fields)
                 case Remember():
                     self.say(action.body, now)
+                case Run():
+                    self.runs.append(action)
 
     def _life(self, job: Job) -> Life:
         here = {rank: held for (r, rank), held in job.attachments.items() if r == job.round}
@@ -785,6 +794,14 @@ class Coordinator:
         step_s = job.pacer.step_s or 0.0
         elastic = bool(states) and all(state.elastic for state in states)
         return Life(job.name, job.life, dict(job.members), step, step_s, trains, elastic)
+
+    def _cells_of(self, name: str) -> str:
+        node = self.nodes.get(name)
+        return node.hello.cells if node is not None and node.live else ""
+
+    def ran(self, incident: int, program: str, failure: str, now: float) -> None:
+        """One of `runs` has ended; `failure`: why it has not done its work, "" if it has."""
+        self.supervisors.ran(incident, program, failure, now)
 
     def _restarts_of(self, job: str) -> Restarts | None:
         bodies = [entry.body for entry in self.journal.entries]

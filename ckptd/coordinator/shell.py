@@ -7,7 +7,7 @@ import os
 import secrets
 import signal
 import socket as sockets
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, time
@@ -21,8 +21,11 @@ import zmq.asyncio
 from ckptd.control import server_socket, start_authenticator
 from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send, Settings
+from ckptd.coordinator.diagnosis.actuators import check
+from ckptd.coordinator.diagnosis.supervisor import Run
 from ckptd.coordinator.kubernetes_lease import KubernetesLease
 from ckptd.coordinator.lease import FileLease, Lease, NoLease
+from ckptd.coordinator.programs import run_program
 from ckptd.coordinator.view import status
 from ckptd.errors import ConfigError, ProtocolError, Superseded
 from ckptd.keys import ClusterKey, check_bind
@@ -84,9 +87,10 @@ class CoordinatorProcess:
             self._lease = FileLease(config.lease_file)
         elif config.kubernetes_lease:
             self._lease = KubernetesLease(config.kubernetes_lease)
+        check(config.settings.diagnosis.actuator)
         self._bad = BadMessages()
-        self._confirming: set[asyncio.Task[None]] = set()
-        """Orders whose answers wait for agents."""
+        self._beside: set[asyncio.Task[None]] = set()
+        """Orders whose answers wait for agents, and programs that carry out a decision."""
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -133,8 +137,9 @@ class CoordinatorProcess:
         tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_time())]
         waiting: set[asyncio.Task[Any]] = {*tasks, stopped}
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*tasks, *self._confirming):
+        for task in (*tasks, *self._beside):
             task.cancel()
+        await asyncio.gather(*self._beside, return_exceptions=True)
         if authenticator is not None:
             authenticator.stop()
         self._socket.close()
@@ -172,9 +177,24 @@ class CoordinatorProcess:
                 raise Superseded(self._lease.lost)
             now = monotonic()
             await self._send(self._decider.tick(now))
+            while self._decider.runs:
+                self._begin(self._run(self._decider.runs.popleft()))
             self._log_events()
             delay = self._decider.next_deadline(now) - monotonic()
             await asyncio.sleep(min(max(delay, 0.01), 0.2))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+    async def _run(self, run: Run) -> None:
+        """Run the programs one after another, as long as they succeed."""
+        for program in run.programs:
+            failure = await run_program(program, run.timeout_s)
+            self._decider.ran(run.incident, str(program), failure, monotonic())
+            if failure:
+                return
 
     async def _answer(self, peer: bytes, message: ClientMessage) -> None:
         if isinstance(message, AskStatus):
@@ -186,9 +206,7 @@ class CoordinatorProcess:
             await self._show(peer, error)
             return
         # Not here: what agents say of it must be heard meanwhile.
-        task = asyncio.create_task(self._confirm(peer))
-        self._confirming.add(task)
-        task.add_done_callback(self._confirming.discard)
+        self._begin(self._confirm(peer))
 
     async def _confirm(self, peer: bytes) -> None:
         """Answer when all live agents keep what was asked for, so that it outlives this process."""

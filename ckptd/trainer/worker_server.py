@@ -40,6 +40,7 @@ from ckptd.watching import (
     UNIX_PATH_LIMIT_BYTES,
     Introduction,
     Pulse,
+    launcher_of,
     make_private,
     publish,
     seal_pulse,
@@ -79,6 +80,9 @@ class Shown:
             rank=config.rank,
             world_size=config.world_size,
             recorder_entries=self._recorder(config),
+            place=config.place,
+            launcher_pid=(launcher := launcher_of(os.getpid())),
+            launcher_ticks=started_ticks(launcher) if launcher else 0,
         )
         try:
             make_private(self.directory)

@@ -6,6 +6,7 @@ import pytest
 
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.coordinator.diagnosis import Thresholds
+from ckptd.coordinator.diagnosis.actuators import SLURM, Actuator
 from ckptd.coordinator.diagnosis.supervisor import (
     ISOLATE,
     OBSERVE,
@@ -14,11 +15,13 @@ from ckptd.coordinator.diagnosis.supervisor import (
     Life,
     Note,
     Remember,
+    Run,
     Supervisors,
     Tell,
 )
 from ckptd.journal import Incident, Isolated, Journal, Restarts
 from ckptd.sketches import Aggregator
+from ckptd.watching import Place
 from ckptd.wire import (
     AskClock,
     Clock,
@@ -29,8 +32,11 @@ from ckptd.wire import (
     LookAt,
     Looked,
     Pause,
+    Probe,
+    Probed,
     Sketched,
     TellAll,
+    Transfer,
 )
 
 JOB = "job"
@@ -39,6 +45,7 @@ WALL_S = 1000.0
 PAUSED_S = 30.0
 STOPPED = (Look(0.0, "T"), Look(1.1, "T"))
 BUSY = (Look(0.0, "R", 0.0, 0, "a"), Look(1.1, "R", 1.0, 0, "a"))
+WAITS = (Look(0.0, "S", 0.0, 0, "all_reduce"), Look(1.1, "S", 0.0, 0, "all_reduce"))
 STUCK = (Look(0.0, "S", 0.0, 0, "train\nlocked"), Look(1.1, "S", 0.0, 0, "train\nlocked"))
 
 
@@ -54,13 +61,19 @@ class Job:
     """What rank 1 is seen to do."""
     paused_at: float | None = None
     """Since when rank 1 says that it evaluates."""
+    spares: int = 0
+    actuator: str = "torchrun"
+    runs: list[Run] = field(default_factory=list)
     journal: Journal = field(default_factory=Journal)
     notes: list[Note] = field(default_factory=list)
     orders: list[Tell] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        settings = DiagnosisSettings(self.policy, Thresholds(window_min_s=0.5))
-        self.all = Supervisors(settings, lambda: 1, self._restarts)
+        actuator = Actuator(self.actuator)
+        settings = DiagnosisSettings(self.policy, Thresholds(window_min_s=0.5), actuator=actuator)
+        self.all = Supervisors(
+            settings, lambda: 1, self._restarts, lambda job: self.spares, lambda node: f"{node}:1"
+        )
         self.all.wall_s = WALL_S
         self.elastic = True
         self._begin()
@@ -78,14 +91,14 @@ class Job:
         if self.life:
             self.tick()
 
-    def run(self, steps: int, hung: bool = False) -> None:
-        """`hung`: rank 0 enters one more operation, and then nothing happens."""
+    def run(self, steps: int, hung: bool = False, entered: int = 1) -> None:
+        """`hung`: the first `entered` ranks enter one more operation, and then nothing happens."""
         for number in range(steps):
             self.now += STEP_S
             if not hung or number == 0:
                 self.seq += 1
                 for rank, node in enumerate(self.nodes.values()):
-                    if not hung or rank == 0:
+                    if not hung or rank < entered:
                         node.add(self._record(rank, ended=not hung))
                 self.step += not hung
             for name, node in self.nodes.items():
@@ -110,6 +123,8 @@ class Job:
                 self.notes.append(action)
             elif isinstance(action, Remember):
                 self.journal.put(action.body)
+            elif isinstance(action, Run):
+                self.runs.append(action)
             else:
                 self.orders.append(action)
                 self._obey(action)
@@ -119,12 +134,18 @@ class Job:
             case TellAll():
                 self.whole.add(action.node)
             case LookAt() as order:
-                looks = {1: self.does} if action.node == "n1" and 1 in order.ranks else {}
+                looks = {rank: self.does for rank in order.ranks if action.node == f"n{rank}"}
                 answer = Looked(JOB, order.life, order.finding, looks)
                 self.all.heard(action.node, answer, self.now)
             case Collect() as order:
-                folder = Collected(JOB, order.life, order.incident, f"/folder/{action.node}")
+                places = {rank: Place("77", f"s{rank}") for rank in (0, 1)}  # one is not its own
+                path = f"/folder/{action.node}"
+                folder = Collected(JOB, order.life, order.incident, path, "", places)
                 self.all.heard(action.node, folder, self.now)
+            case Probe() as order:
+                took = tuple(Transfer(node, 1, 1 << 20, 0.01) for node in order.cells)
+                answer = Probed(JOB, order.life, order.finding, took)
+                self.all.heard(action.node, answer, self.now)
 
     def resume(self, from_step: int, saved_at: float) -> None:
         self.life += 1
@@ -264,7 +285,7 @@ def test_the_same_fault_at_the_same_step_stops_restarts_for_later_coordinators_t
 
 
 def test_a_node_at_fault_twice_is_isolated_if_so_told() -> None:
-    job = Job(ISOLATE)
+    job = Job(ISOLATE, spares=1)
     job.run(60)
     for life in (1, 2):
         job.run(40, hung=True)
@@ -272,6 +293,76 @@ def test_a_node_at_fault_twice_is_isolated_if_so_told() -> None:
         job.resume(job.step, job.now)
         job.run(60)
     assert job.kept(Isolated)[0].node == "n1"
+    ended = {(o.message.life, o.node) for o in job.ordered(KillWorkers) if o.message.launchers}
+    assert ended == {(2, "n1")}
+    assert {o.node for o in job.ordered(KillWorkers) if o.message.life == 2} == {"n0", "n1"}
+
+
+def test_no_node_is_taken_out_whose_place_nobody_can_take() -> None:
+    job = Job(ISOLATE)
+    job.run(60)
+    for _ in range(2):
+        job.run(40, hung=True)
+        job.resume(job.step, job.now)
+        job.run(60)
+    assert job.kept(Isolated) == []
+    assert job.kinds().count("restarted") == 2
+    assert "no spare waits" in job.all.records[max(job.all.records)].reason
+
+
+def test_what_has_no_launcher_is_left_to_the_scheduler() -> None:
+    job = Job(actuator=SLURM)
+    job.elastic = False
+    job.run(60)
+    job.run(40, hung=True)
+    assert job.ordered(KillWorkers) == []
+    (run,) = job.runs
+    assert [str(program) for program in run.programs] == ["scontrol requeue 77"]
+    job.all.ran(run.incident, "scontrol requeue 77", "", job.now)
+    job.resume(50, job.now)
+    job.run(1)
+    assert job.kinds() == ["hang_suspected", "restart_ordered", "actuated", "restarted"]
+
+
+def test_where_the_scheduler_fails_the_launchers_do_what_they_can() -> None:
+    job = Job(ISOLATE, actuator=SLURM)
+    job.run(60)
+    job.run(40, hung=True)
+    assert job.runs == []
+    job.resume(job.step, job.now)
+    job.run(60)
+    before = len(job.ordered(KillWorkers))
+    job.run(40, hung=True)
+    (run,) = job.runs
+    first, second = map(str, run.programs)
+    assert first.startswith("scontrol update NodeName=s1 State=DRAIN")
+    assert second == "scontrol requeue 77"
+    assert len(job.ordered(KillWorkers)) == before
+    job.all.ran(run.incident, first, "Slurm is not there", job.now)
+    job.tick()
+    assert len(job.ordered(KillWorkers)) == before + 2
+    assert job.kinds()[-2:] == ["actuator_failed", "node_readmitted"]
+    assert not job.kept(Isolated)[-1].isolated, "its ranks would wait for ever"
+    assert "Slurm is not there" in job.all.records[run.incident].timeline[-1][1]
+
+
+def test_a_transfer_that_is_stuck_is_probed_before_anything_is_decided(job: Job) -> None:
+    job.does = WAITS
+    job.run(100, hung=True, entered=2)
+    kinds = [type(order.message) for order in job.orders]
+    assert kinds.index(Collect) < kinds.index(Probe) < kinds.index(KillWorkers)
+    probes = {order.node: order.message.cells for order in job.ordered(Probe)}
+    assert probes == {"n0": {"n1": "n1:1"}, "n1": {"n0": "n0:1"}}
+    (record,) = job.all.records.values()
+    assert "too few pairs" in str(record.evidence["matrix"])
+    assert job.all.matrix.delays() == {("n0", "n1"): 10.24, ("n1", "n0"): 10.24}
+
+
+def test_without_answers_to_probes_it_is_decided_all_the_same(job: Job) -> None:
+    obey, job.does = job._obey, WAITS
+    job._obey = lambda action: None if isinstance(action.message, Probe) else obey(action)  # type: ignore[method-assign] # no agent measures
+    job.run(100, hung=True, entered=2)
+    assert job.kinds() == ["hang_suspected", "witness", "restart_ordered"]
 
 
 def test_who_has_paused_is_left_alone_until_that_lasts_too_long(job: Job) -> None:

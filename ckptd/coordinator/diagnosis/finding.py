@@ -79,6 +79,8 @@ class Finding:
     """Ranks whose processes a second witness should look at; bounded."""
     victims: int = 0
     """Ranks that wait, directly or not, for the culprit."""
+    measured: bool = False
+    """Transfers between agents show the culprit, too."""
 
 
 SUSPECTS_MAX = 64

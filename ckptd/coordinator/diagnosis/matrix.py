@@ -196,4 +196,5 @@ def narrow(finding: Finding, matrix: DelayMatrix, others: Sequence[str] = ()) ->
         confidence=confidence,
         sentence=f"{finding.sentence}; {worst.sentence}",
         evidence={**finding.evidence, "matrix": worst.sentence},
+        measured=True,
     )

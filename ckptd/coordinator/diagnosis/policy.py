@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Scope
+from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.witness import Judgement, Verdict
 
 
@@ -66,9 +66,17 @@ class Policy:
         """Why the breaker has stopped restarts; "" if it has not."""
 
     def decide(
-        self, finding: Finding, judgement: Judgement | None, step: int, now: float
+        self,
+        finding: Finding,
+        judgement: Judgement | None,
+        step: int,
+        now: float,
+        spares: int | None = None,
     ) -> Decision:
-        """What to do about a finding at `step`. A restart that is decided is remembered."""
+        """What to do about a finding at `step`. A restart that is decided is remembered.
+
+        `spares`: how many nodes can take the place of others; None: as many as are needed.
+        """
         refused = self._refusal(finding, judgement)
         if refused:
             return Decision(Do.OBSERVE, refused)
@@ -80,14 +88,15 @@ class Policy:
         why = f"{finding.sentence}; second witness: {judgement.reason}"
         if not self.limits.automatic:
             return Decision(Do.OBSERVE, f"restarts are not automatic; it would be: {why}")
-        nodes = _nodes_at_fault(finding.culprit)
+        nodes = _nodes_at_fault(finding, judgement)
         again = tuple(node for node in nodes if self._was_at_fault(node, now))
         self.past.append(Restart(now, fault, step, nodes))
         if again and self.limits.isolate:
             hours = self.limits.window_s / 3600
-            return Decision(
-                Do.ISOLATE, f"{', '.join(again)} at fault twice in {hours:.0f} h: {why}", again
-            )
+            twice = f"{', '.join(again)} at fault twice in {hours:.0f} h"
+            if spares is None or spares >= len(again):
+                return Decision(Do.ISOLATE, f"{twice}: {why}", again)
+            why = f"{twice}, and not taken out, for no spare waits to take its place: {why}"
         return Decision(Do.RESTART, why)
 
     def reset(self) -> None:
@@ -129,8 +138,16 @@ class Policy:
         return any(node in restart.nodes and restart.at >= since for restart in self.past)
 
 
-def _nodes_at_fault(culprit: Culprit) -> tuple[str, ...]:
-    """Nodes that a culprit points to; not those of which it cannot tell which it is."""
+def _nodes_at_fault(finding: Finding, judgement: Judgement) -> tuple[str, ...]:
+    """Nodes that a culprit points to; not those of which it cannot tell which it is.
+
+    Where only a transfer is stuck, what joins the nodes may be to blame as well, unless
+    transfers between agents show the node, too.
+    """
+    culprit = finding.culprit
+    stuck = finding.kind is Kind.COMMUNICATION_HANG and not judgement.culprits
+    if stuck and culprit.scope is Scope.NODE and not finding.measured:
+        return ()
     if culprit.scope in (Scope.RANK, Scope.NODE, Scope.DEVICE):
         return culprit.nodes
     if culprit.scope is Scope.RANKS and len(culprit.nodes) == 1:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptd.coordinator.diagnosis.actuators import Actuator, Fault, Plan, Program, plan
 from ckptd.coordinator.diagnosis.clocks import Clocks
 from ckptd.coordinator.diagnosis.detector import Detector
 from ckptd.coordinator.diagnosis.ended import Ended
@@ -19,6 +20,7 @@ from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Scope
 from ckptd.coordinator.diagnosis.incidents import IncidentRecord
 from ckptd.coordinator.diagnosis.matrix import DelayMatrix
 from ckptd.coordinator.diagnosis.policy import Decision, Do, Policy, PolicyLimits, Restart
+from ckptd.coordinator.diagnosis.probing import Probing
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
 from ckptd.coordinator.diagnosis.witness import (
     Judgement,
@@ -28,6 +30,7 @@ from ckptd.coordinator.diagnosis.witness import (
 )
 from ckptd.errors import ProtocolError
 from ckptd.journal import Body, Isolated, Restarts
+from ckptd.watching import Place
 from ckptd.wire import (
     AskClock,
     Clock,
@@ -39,6 +42,7 @@ from ckptd.wire import (
     LookAt,
     Looked,
     Pause,
+    Probed,
     Sketched,
     TellAll,
     Transferred,
@@ -66,6 +70,8 @@ class DiagnosisSettings:
     """One of POLICIES."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     witness: WitnessLimits = field(default_factory=WitnessLimits)
+    actuator: Actuator = field(default_factory=Actuator)
+    """What carries out a decision."""
 
     @property
     def limits(self) -> PolicyLimits:
@@ -114,7 +120,16 @@ class Note:
     fields: dict[str, str | int | float] = field(default_factory=dict)
 
 
-Action = Tell | Remember | Note
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run programs on the coordinator's machine, for an incident; answered by `Supervisors.ran`."""
+
+    incident: int
+    programs: tuple[Program, ...]
+    timeout_s: float
+
+
+Action = Tell | Remember | Note | Run
 
 
 @dataclass(slots=True)
@@ -134,7 +149,9 @@ class _Case:
     judgement: Judgement | None = None
     record: IncidentRecord | None = None
     collect_until: float = 0.0
+    places: dict[int, Place] = field(default_factory=dict)
     decided: Decision | None = None
+    plan: Plan = field(default_factory=lambda: Plan(kills=False))
     killed_at: float = 0.0
     kills: int = 0
     repeat_at: float = 0.0
@@ -168,6 +185,8 @@ class Supervisor:
         self._policy: Policy | None = None
         self._wanted_at: dict[str, float] = {}
         self._paused: dict[int, _Paused] = {}
+        self._probing: dict[int, Probing] = {}
+        """By number of the finding."""
         self._began_at = 0.0
         self._heard_at: float | None = None
 
@@ -181,6 +200,7 @@ class Supervisor:
             self.case = None
             self._wanted_at.clear()
             self._paused.clear()
+            self._probing.clear()
             self._began_at, self._heard_at = now, None
         elif not self._began_at:
             self._began_at = now
@@ -221,6 +241,27 @@ class Supervisor:
                 record.folders[node] = message.path or message.problem
         if case is not None and case.record is not None:
             case.awaited.discard(node)
+            case.places.update(
+                (rank, place)
+                for rank, place in message.places.items()
+                if self.life.members.get(rank) == node
+            )
+
+    def probed(self, node: str, message: Probed) -> None:
+        probing = self._probing.get(message.finding)
+        if probing is not None and message.life == self.life.number:
+            probing.heard(node, message.transfers)
+
+    def ran(self, incident: int, program: str, failure: str, now: float) -> None:
+        """A program has ended; `failure`: why it has not done its work, "" if it has."""
+        record = self._parent.records.get(incident)
+        if record is None:
+            return
+        if failure:
+            self._not_actuated(record, f"{program}: {failure}", now)
+        else:
+            record.say(now + self._parent.wall_s, f"{program}: done")
+            self._note("actuated", f"incident {incident}: {program}: done", incident=incident)
 
     def ended(self, life: int, culprit: Culprit, reason: str, since: float, now: float) -> None:
         """A trainer is gone that had not said goodbye, or a node. `since`: the last progress.
@@ -287,6 +328,7 @@ class Supervisor:
                     self._hang(finding, now)
                 else:
                     self._slow(finding, now)
+        self._end_slow_probes(now)
         if self.case is not None:
             self._proceed(self.case, now)
 
@@ -380,10 +422,13 @@ class Supervisor:
 
     def _proceed(self, case: _Case, now: float) -> None:
         if case.decided is not None:
-            if case.killed_at and now >= case.repeat_at and case.kills < _KILLS:
+            due = bool(case.kills) and now >= case.repeat_at
+            if due and case.kills < _KILLS:
                 self._kill(case, now)
         elif case.record is not None:
-            if not case.awaited or now >= case.collect_until:
+            probing = self._probing.get(case.finding.number)
+            awaited = case.awaited or (probing.awaited if probing is not None else ())
+            if not awaited or now >= case.collect_until:
                 self._decide(case, now)
         elif not case.asked_at:
             if now >= case.look_at:
@@ -434,25 +479,29 @@ class Supervisor:
         reason = f"{finding.kind.value}: {finding.sentence}; {case.judgement.reason}"
         case.awaited = self._collect(record, reason)
         case.collect_until = now + _COLLECT_PATIENCE_S
+        if not case.judgement.culprits:  # else it is certain who it is
+            self._begin_probes(finding, now)
 
     def _decide(self, case: _Case, now: float) -> None:
         record = case.record
         assert record is not None
         wall = now + self._parent.wall_s
         record.say(wall, f"evidence collected on {len(record.folders)} nodes")
-        policy = self.policy
+        case.finding = self._probes_end(case.finding, record, now)
+        policy, actuator = self.policy, self._parent.settings.actuator
         if not self.life.number:
             decision = Decision(
                 Do.OBSERVE, "the job has no Checkpointer: a restart would begin from nothing"
             )
-        elif not self.life.elastic:
+        elif not self.life.elastic and not actuator.starts_anew:
             decision = Decision(
                 Do.OBSERVE,
                 "nothing would start its processes again: start it with `ckptd run`, or with "
-                "torchrun and --max-restarts",
+                "torchrun and --max-restarts, or give the coordinator an --actuator",
             )
         else:
-            decision = policy.decide(case.finding, case.judgement, self.life.step, wall)
+            spares = None if actuator.replaces_nodes else self._parent.spares_of(self.job)
+            decision = policy.decide(case.finding, case.judgement, self.life.step, wall, spares)
         case.decided = decision
         record.decision, record.reason = decision.do.value, decision.reason
         record.say(wall, f"decision: {decision.do.value}: {decision.reason}")
@@ -469,16 +518,69 @@ class Supervisor:
             self._note("node_isolated", f"{node} is isolated: {decision.reason}", node=node)
         record.diagnosis_s = now - case.finding.found_at
         case.killed_at = now
+        case.plan = plan(actuator, self._fault(case, decision.isolate))
         self._recovering = case
+        self._act(case, now)
+
+    def _fault(self, case: _Case, isolate: tuple[str, ...]) -> Fault:
+        assert case.record is not None
+        record, life = case.record, self.life
+        return Fault(
+            record.number,
+            self.job,
+            life.number,
+            life.step,
+            record.kind,
+            record.culprit,
+            record.text,
+            record.ranks,
+            record.nodes,
+            isolate,
+            life.members,
+            case.places,
+            life.elastic,
+            self._parent.spares_of(self.job),
+        )
+
+    def _act(self, case: _Case, now: float) -> None:
+        """Do what was planned."""
+        record, todo, wall = case.record, case.plan, now + self._parent.wall_s
+        assert record is not None
+        actuator = self._parent.settings.actuator
+        how = "for their launchers to start them anew" if todo.kills else f"by {actuator.name}"
         self._note(
             "restart_ordered",
-            f"incident {record.number}: all trainers of life {self.life.number} are killed, for "
-            f"their launchers to start them anew: {case.finding.sentence}",
+            f"incident {record.number}: all trainers of life {self.life.number} are killed, {how}: "
+            f"{case.finding.sentence}",
             incident=record.number,
             life=self.life.number,
         )
-        record.say(wall, f"all trainers of life {self.life.number} are killed")
-        self._kill(case, now)
+        record.say(wall, f"all trainers of life {self.life.number} are killed, {how}")
+        if todo.programs:
+            self._do(Run(record.number, todo.programs, actuator.timeout_s))
+        if todo.kills:
+            self._kill(case, now)
+        if todo.problem:
+            self._not_actuated(record, todo.problem, now)
+
+    def _not_actuated(self, record: IncidentRecord, why: str, now: float) -> None:
+        """The scheduler has not done its part: launchers do what they can, on the nodes there are.
+
+        A node that is still in the job must not be marked: its ranks would wait for ever.
+        """
+        record.say(now + self._parent.wall_s, why)
+        text = f"incident {record.number}: {why}"
+        self._note("actuator_failed", text, incident=record.number)
+        case = self.case
+        if case is None or case.record is not record or case.decided is None:
+            return
+        if not case.plan.stops_launchers:
+            for node in case.decided.isolate:
+                self._do(Remember(Isolated(node, False, f"it could not be taken out: {why[:900]}")))
+                self._note("node_readmitted", f"{node} is in again: {why}", node=node)
+        if self.life.elastic and not case.plan.kills:
+            case.plan = Plan(kills=True)
+            self._kill(case, now)
 
     def _kill(self, case: _Case, now: float) -> None:
         """Again after a while: orders may be lost."""
@@ -486,8 +588,9 @@ class Supervisor:
         case.repeat_at = now + _REPEAT_KILL_S
         assert case.record is not None
         text = f"incident {case.record.number}: {case.finding.sentence}"
+        isolated = case.decided.isolate if case.decided and case.plan.stops_launchers else ()
         for node in self._nodes():
-            self._tell(node, KillWorkers(self.job, self.life.number, text))
+            self._tell(node, KillWorkers(self.job, self.life.number, text, node in isolated))
 
     # Slowness.
 
@@ -511,6 +614,7 @@ class Supervisor:
         else:
             record.describe(finding)
             record.say(wall, finding.sentence)
+        self._begin_probes(finding, now)
 
     def _end_slow(self, now: float, why: str) -> None:
         wall = now + self._parent.wall_s
@@ -518,6 +622,34 @@ class Supervisor:
             record.over_at = wall
             record.say(wall, why)
         self.slow.clear()
+
+    # Probes.
+
+    def _begin_probes(self, finding: Finding, now: float) -> None:
+        """Before a network is blamed, it is measured."""
+        probing = Probing(finding, self._nodes(), self._parent.cells_of, now)
+        if probing.awaited:
+            self._probing[finding.number] = probing
+            for node, order in probing.orders(self.job, self.life.number):
+                self._tell(node, order)
+
+    def _probes_end(self, finding: Finding, record: IncidentRecord, now: float) -> Finding:
+        """The finding as far as it was narrowed, which the record then says."""
+        probing = self._probing.pop(finding.number, None)
+        if probing is None:
+            return finding
+        narrowed = probing.narrowed()
+        record.describe(narrowed)
+        record.say(now + self._parent.wall_s, f"probes: {narrowed.evidence['matrix']}")
+        return narrowed
+
+    def _end_slow_probes(self, now: float) -> None:
+        for number, record in list(self.slow.items()):
+            probing = self._probing.get(number)
+            if probing is not None and (not probing.awaited or now >= probing.until):
+                narrowed = self._probes_end(probing.finding, record, now)
+                self._note("probed", narrowed.sentence, incident=record.number)
+                self._do(Remember(record.entry()))
 
     # Small helpers.
 
@@ -597,9 +729,16 @@ class Supervisors:
         settings: DiagnosisSettings,
         next_number: Callable[[], int],
         restarts_of: Callable[[str], Restarts | None],
+        spares_of: Callable[[str], int] = lambda job: 0,
+        cells_of: Callable[[str], str] = lambda node: "",
     ) -> None:
-        """`next_number` of an incident, and `restarts_of` a job, are asked of the journal."""
+        """`next_number` of an incident, and `restarts_of` a job, are asked of the journal.
+
+        `spares_of` a job: how many nodes wait to join it. `cells_of` a node: the address of its
+        cell server, "" if it is not there.
+        """
         self.settings, self.restarts_of = settings, restarts_of
+        self.spares_of, self.cells_of = spares_of, cells_of
         self.wall_s = 0.0
         """What is to be added to monotonic seconds for those since the epoch; set by the shell."""
         self.clocks = Clocks()
@@ -614,18 +753,20 @@ class Supervisors:
     def heard(
         self,
         node: str,
-        message: Sketched | Looked | Collected | Clock | Transferred,
+        message: Sketched | Looked | Collected | Clock | Transferred | Probed,
         now: float,
     ) -> None:
         """Take in what an agent says."""
         match message:
             case Clock():
                 self.clocks.heard(node, message.asked, message.at - self.wall_s, now)
-            case Transferred():
+            case Transferred() | Probed():
                 for each in message.transfers:
                     if each.cells and each.seconds > 0:
                         size, seconds = each.size_bytes // each.cells, each.seconds / each.cells
                         self.matrix.observe(each.source, node, size, seconds)
+                if isinstance(message, Probed) and message.job in self.jobs:
+                    self.jobs[message.job].probed(node, message)
             case Sketched():
                 job = message.sketch.job
                 if job not in self.jobs and len(self.jobs) < _JOBS_LIMIT:
@@ -665,6 +806,12 @@ class Supervisors:
         """A life of a job trains; `saved_at` as for `Supervisor.resumed`."""
         if job in self.jobs:
             self.jobs[job].resumed(life, step, saved_at, now)
+
+    def ran(self, incident: int, program: str, failure: str, now: float) -> None:
+        """A program of a `Run` has ended; "" for `failure` if it has done its work."""
+        record = self.records.get(incident)
+        if record is not None and record.job in self.jobs:
+            self.jobs[record.job].ran(incident, program, failure, now)
 
     def take_actions(self) -> list[Action]:
         """What is to be done, in this order."""
