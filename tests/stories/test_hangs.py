@@ -19,27 +19,30 @@ PARTS = ("lost_work_s", "detection_s", "diagnosis_s", "restart_s")
 class Watched(Town):
     """A town whose trainers torchrun starts, and starts again."""
 
-    def launch(self, *flags: str, ranks: int = 1, timing: bool = False) -> None:
-        """So many ranks on each node."""
+    def launch(self, *flags: str, ranks: int = 1, timing: bool = False, spares: int = 0) -> None:
+        """So many ranks on each node but the last few, which wait as spares."""
+        working = self.nodes[: len(self.nodes) - spares]
         self.faults.mkdir()
         self._environ["FAULTS"] = str(self.faults)
         arguments = [f"--nproc-per-node={ranks}", str(TRAINER), *flags]
         arguments += ["--steps", "100000", "--until", str(self.directory / "until")]
-        if len(self.nodes) > 1:
+        if len(working) > 1:
             self.start_rendezvous()
-        arguments.insert(0, f"--nnodes={len(self.nodes)}" if self.rendezvous else "--standalone")
+        arguments.insert(0, f"--nnodes={len(working)}" if self.rendezvous else "--standalone")
         for node in self.nodes:
-            self.start_launcher(node, JOB, arguments, *(["--timing"] if timing else []))
+            more = ["--timing"] if timing else []
+            more += [] if node in working else ["--spare"]
+            self.start_launcher(node, JOB, arguments, *more)
         self.wait("the detector to know the job", self.is_armed, 100)
 
     @property
     def faults(self):
         return self.directory / "faults"
 
-    def is_armed(self) -> bool:
-        """Whether what is usual is known, and a hang would be found."""
+    def is_armed(self, life: int = 1) -> bool:
+        """Whether what is usual in this life is known, and a hang would be found."""
         found = self.diagnosis()
-        return bool(found.get("life")) and found["hang_timeout_s"] < 100
+        return found.get("life") == life and found["hang_timeout_s"] < 100
 
     def begin(self, fault: str) -> None:
         (self.faults / fault).touch()
@@ -114,9 +117,9 @@ def watched():
         each.close()
 
 
-def test_a_stopped_rank_is_named_and_killed_and_the_job_ends_equal(watched):
-    here = watched(2, "restart")
-    here.launch()
+def test_a_stopped_rank_is_named_and_killed_and_at_the_second_time_so_is_its_node(watched):
+    here = watched(3, "restart+isolate")
+    here.launch(spares=1)
     rank = next(e["rank"] for e in here.events("rank_attached") if e["node"] == "n1")
     here.trainers("n1")[-1].send_signal(signal.SIGSTOP)
     here.wait_for_life(2)
@@ -125,7 +128,7 @@ def test_a_stopped_rank_is_named_and_killed_and_the_job_ends_equal(watched):
     # It may have been stopped before it entered a collective, or within: then all have entered.
     assert incident["kind"] in ("non-communication hang", "communication hang")
     assert incident["doing"][str(rank)] == "stopped"
-    assert sorted(incident["folders"]) == here.nodes
+    assert sorted(incident["folders"]) == ["n0", "n1"]
     assert all(os.path.isdir(path) for path in incident["folders"].values())
 
     def four_parts() -> bool:
@@ -134,8 +137,21 @@ def test_a_stopped_rank_is_named_and_killed_and_the_job_ends_equal(watched):
     here.wait("the four parts of downtime", four_parts)
     assert f"rank {rank} on node n1" in here.cli("incidents")
     assert "life 2 trains again" in here.cli("incidents", "show", "1")
+    assert here.events("node_isolated") == []
+
+    here.wait("the detector to know the second life", lambda: here.is_armed(2), 100)
+    here.trainers("n1")[-1].send_signal(signal.SIGSTOP)
+    here.wait_for_life(3)
+    assert [event["node"] for event in here.events("node_isolated")] == ["n1"]
+    (called,) = here.events("spare_called")
+    assert (called["node"], called["lost"]) == ("n2", "n1")
+    assert here.processes["launcher-n1"].wait(30) == -signal.SIGKILL
+    (marked,) = [node for node in here.status()["nodes"] if node["isolated"]]
+    assert marked["node"] == "n1"
+    assert "at fault twice" in marked["isolated"]
     here.finish(2)
     here.check_digests(2)
+    assert {line["rank"] for line in here.said("launcher-n2") if line.get("event") == "end"}
 
 
 def test_who_evaluates_or_has_paused_is_left_alone_and_who_waits_for_ever_is_not(watched):
