@@ -40,6 +40,7 @@ from ckptd.wire import (
     Forget,
     Grant,
     Granted,
+    Hasten,
     Hello,
     Here,
     Holding,
@@ -469,7 +470,9 @@ class Lifecycle:
                 self._free_snapshot(message.id)
             case Forget() as message:
                 self._forget(message.job)
-            case LookAt() | Collect() | KillWorkers() | AskClock() | TellAll() | Probe() as message:
+            case TellAll() | LookAt() | Collect() | KillWorkers() as message:
+                self._do(ev.Diagnose(message))
+            case AskClock() | Probe() | Hasten() as message:
                 self._do(ev.Diagnose(message))
             case Activate() as message:
                 for conn, job in list(self.launchers.items()):

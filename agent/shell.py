@@ -45,6 +45,7 @@ from ckptd.wire import (
     TRAINER_FRAME_LIMIT_BYTES,
     Decoder,
     GetEncoded,
+    Hasten,
     LauncherMessage,
     Order,
     Rejected,
@@ -391,7 +392,10 @@ class Agent:
                     sent = self._control.send(encode(action.message), zmq.DONTWAIT)
                     sent.add_done_callback(lambda done: done.cancelled() or done.exception())
             case ev.Diagnose():
-                self._reports.order(action.order)
+                if isinstance(action.order, Hasten):
+                    self._server.hasten(action.order.id)
+                else:
+                    self._reports.order(action.order)
             case ev.Tell():
                 self._send_local(action.conn, encode(action.message))
             case ev.KeepTerm():

@@ -720,7 +720,13 @@ class Probe(Message, frozen=True):
     cells: dict[NodeId, str]
 
 
-DiagnosisOrder = TellAll | LookAt | Collect | KillWorkers | AskClock | Probe
+class Hasten(Message, frozen=True):
+    """A node that holds `id` may be lost soon: what protects it goes first, and at full speed."""
+
+    id: SnapshotId
+
+
+DiagnosisOrder = TellAll | LookAt | Collect | KillWorkers | AskClock | Probe | Hasten
 
 CoordinatorMessage = (
     Welcome
@@ -746,6 +752,7 @@ CoordinatorMessage = (
     | KillWorkers
     | AskClock
     | Probe
+    | Hasten
 )
 
 

@@ -83,7 +83,8 @@ def _default_socket() -> str:
 @click.option(
     "--send-rate",
     type=options.Rate(),
-    help="Send cells to other agents no faster, as 10Gbit/s: leaves the network to the training.",
+    help="Send cells to other agents no faster, as 10Gbit/s: leaves the network to the training. "
+    "Not for a snapshot whose node is suspect.",
 )
 @options.key_file
 @options.log_options

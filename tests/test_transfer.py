@@ -21,6 +21,7 @@ from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
 from ckptd.agent.scrub import Scrubber, ScrubStats
 from ckptd.agent.store import Store, read_segment_sidecar, verify_cells
+from ckptd.agent.turns import Pace
 from ckptd.cli.local_cluster import wait_until
 from ckptd.digest import cell_count, digest
 from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
@@ -707,6 +708,19 @@ class TestProtecting:
         for stripe, row in ((1, 1), (0, 0), (0, 2), (-1, 1), (10_000, 1)):
             with pytest.raises(Gone):
                 run.row(GetEncoded(ID, 0, stripe, row))
+
+
+def test_what_is_in_danger_goes_at_full_speed_and_before_the_rest(build: Build) -> None:
+    cluster = build([1, 1], 1)
+    a, b = cluster.nodes
+    a.server._pace = Pace(1.0)  # a cell would take an hour
+    into = memoryview(bytearray(CELL_BYTES))
+    assert not a.server._is_hastened(ID)
+    a.server.hasten(ID)
+    length, _ = b.peers.fetch(a.address, GetCell(ID, cluster.ranks["a"][0], 0), into)
+    assert 0 < length <= CELL_BYTES
+    a.server.hasten(SnapshotId("job", 2, 41))
+    assert not a.server._is_hastened(ID), "the newest counts"
 
 
 def test_a_peer_that_was_silent_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from ckptd.ids import SnapshotId
 from ckptd.journal import Entry, Isolated, LogSummary, Rollback
 from ckptd.manifest import Ancestor, Extent, GivenUp, Group, JobManifest, JobRecord, Member
 from ckptd.terms import Obeyed, Term
+from ckptd.watching import Place
 from ckptd.wire import Attach, Decoder, Message, Progress, TrainerMessage, encode
 
 ID = SnapshotId("job", 2, 70)
@@ -54,6 +55,10 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.AgentToLauncher, wire.Here("a", "127.0.0.1")),
     (wire.PeerRequest, wire.GetEncoded(ID, 0, 2**40, 1)),
     (wire.PeerReply, wire.Payload(4096, 2**64 - 1)),
+    (wire.AgentMessage, wire.Collected("job", 2, 1, "/x", "", {0: Place("77", "node-1")})),
+    (wire.AgentMessage, wire.Probed("job", 2, 3, (wire.Transfer("a", 1, 9, float("inf")),))),
+    (wire.CoordinatorMessage, wire.Hasten(ID)),
+    (wire.PeerRequest, wire.GetBytes(wire.PROBE_LIMIT_BYTES)),
 ]  # fmt: skip
 
 

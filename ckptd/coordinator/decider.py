@@ -67,6 +67,7 @@ from ckptd.wire import (
     Entries,
     Forget,
     Grant,
+    Hasten,
     Hello,
     Holding,
     Holds,
@@ -539,6 +540,8 @@ class Coordinator:
                 node.suspect = True
                 text = f"{name} is suspect: silent for {now - node.last_seen:.1f} s"
                 self._event(now, "node_suspect", "", text, node=name)
+                for job in self.jobs.values():
+                    self._hasten(job, now)
 
     def _silence_ends_at(self, node: Node) -> float:
         """When a live node that is still silent becomes suspect, or lost if it is suspect."""
@@ -780,6 +783,8 @@ class Coordinator:
                     self._send(action.node, action.message)
                 case Note():
                     self._event(now, action.kind, action.job, action.text, **action.fields)
+                    if action.kind == "hang_suspected" and action.job in self.jobs:
+                        self._hasten(self.jobs[action.job], now)
                 case Remember():
                     self.say(action.body, now)
                 case Run():
@@ -1047,6 +1052,7 @@ class Coordinator:
             snapshot.manifest = self._build_manifest(job, snapshot, held.holdings)
             if any(group.parity_shards for group in snapshot.manifest.groups):
                 self._order_protect(job, snapshot, now)
+                self._hasten(job, now)
         if snapshot.state is not State.SEALED or snapshot.manifest is None:
             return
         alone = not any(group.parity_shards for group in snapshot.manifest.groups)
@@ -1248,6 +1254,26 @@ class Coordinator:
         cells = {name: hello.cells for name, hello in there.items()}
         for member in group.members:
             self._send(member.node, Protect(manifest, cells, ranks))
+
+    def _hasten(self, job: Job, now: float) -> None:
+        """Have the newest snapshot that is not protected yet, and is in danger, protected first."""
+        unsafe = [s for s in job.snapshots.values() if s.state is State.SEALED and s.manifest]
+        if not unsafe:
+            return
+        newest = max(unsafe, key=lambda snapshot: snapshot.id)
+        doubtful = {name for name, node in self.nodes.items() if node.live and node.suspect}
+        doubtful |= self.supervisors.suspects_of(job.name)
+        if newest.hastened or newest.manifest is None:
+            return
+        for group in newest.manifest.groups:
+            names = [member.node for member in group.members]
+            if group.parity_shards and doubtful.intersection(names):
+                newest.hastened = True
+                for name in names:
+                    self._send(name, Hasten(newest.id))
+        if newest.hastened:
+            text = f"{newest.id} is protected first: {', '.join(sorted(doubtful))} may be lost"
+            self._event(now, "protected_first", job.name, text, step=newest.id.step)
 
     def _look_at_parity(self, job: Job, now: float) -> None:
         """Have parity that is lost made anew, of snapshots that no newer one will replace.

@@ -114,6 +114,9 @@ class Snapshot:
     ordered: dict[int, object] = field(default_factory=dict)
     """By group: to whom, and with which edition, the order to protect was given last."""
 
+    hastened: bool = False
+    """It was ordered to be protected before all else."""
+
     def move(self, state: State, now: float, reason: str = "") -> None:
         """Change state, by the table only."""
         if state not in TRANSITIONS[self.state]:

@@ -17,6 +17,7 @@ from ckptd.wire import (
     Beat,
     DrainNode,
     Grant,
+    Hasten,
     Holding,
     Holds,
     IsolateNode,
@@ -92,6 +93,21 @@ class TestSuspects:
         assert cluster.coordinator.live_holdings(cluster.tickets("a")[0]).keys() == {"a", "b"}
         cluster.pass_time(cluster.settings.lease_s - 3 * cluster.settings.beat_s, silent=["b"])
         assert shown(cluster, "b")["state"] == "lost"
+
+    def test_the_newest_snapshot_of_a_suspect_node_is_protected_first(self) -> None:
+        cluster = trained("a", "b", "c", "d")
+        id = max(cluster.coordinator.jobs[JOB].snapshots)
+        cluster.pass_time(3 * cluster.settings.beat_s, silent=["b"])
+        assert cluster.told("a", Hasten) == [], "nothing waits for protection"
+        cluster.pass_time(cluster.settings.beat_s)
+        cluster.seal_all(id)
+        assert cluster.told("a", Hasten) == [], "nobody is suspect"
+        cluster.pass_time(3 * cluster.settings.beat_s, silent=["b"])
+        for name in ("a", "c", "d"):
+            assert cluster.told(name, Hasten) == [Hasten(id)]
+        cluster.pass_time(cluster.settings.beat_s)
+        cluster.pass_time(3 * cluster.settings.beat_s, silent=["b"])
+        assert cluster.told("a", Hasten) == [Hasten(id)], "once is enough"
 
     def test_jobs_with_ranks_on_it_get_no_tickets_until_it_is_heard(self) -> None:
         cluster = trained("a", "b")

@@ -10,13 +10,15 @@ import pytest
 
 from ckptd.agent import cells
 from ckptd.agent.cells import CellServer, Peers
-from ckptd.agent.reports import Reports
 from ckptd.agent.store import Store
+from ckptd.cli.local_cluster import LocalCluster
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.probing import PATIENCE_S, Probing
+from ckptd.coordinator.diagnosis.supervisor import Supervisor, Tell
+from ckptd.coordinator.shell import CoordinatorConfig, CoordinatorProcess
 from ckptd.errors import Gone
 from ckptd.keys import ClusterKey
-from ckptd.wire import PROBE_LIMIT_BYTES, Probe, Probed, Transfer
+from ckptd.wire import PROBE_LIMIT_BYTES, Probe, Transfer
 
 KEY = ClusterKey(bytes(range(32)))
 NODES = ["a", "b", "c", "d"]
@@ -30,57 +32,56 @@ def nobody(request: object) -> bytes:
     raise Gone("nothing is here")
 
 
-@pytest.fixture
-def servers(tmp_path: Path) -> Iterator[dict[str, CellServer]]:
-    """Node c sends slowly."""
-    made = {}
-    for number, node in enumerate(NODES):
-        rate = 4 << 20 if node == "c" else None
-        store = Store(tmp_path / node)
-        host = f"127.0.0.{number + 1}"
-        made[node] = CellServer(host, 0, node, store, KEY, nobody, nobody, rate)
-    yield made
-    for server in made.values():
-        server.close()
+async def measured(cluster: LocalCluster, announce: Path) -> Finding:
+    """What a real coordinator hears from real agents."""
+    config = CoordinatorConfig("tcp://127.0.0.1:*", announce=announce)
+    process = CoordinatorProcess(config)
+    running = asyncio.create_task(process.run(signals=()))
+    async with asyncio.timeout(100):
+        while not announce.exists():
+            await asyncio.sleep(0.05)
+        cluster.endpoint = announce.read_text().strip()
+        for node in NODES:
+            cluster.start_agent(node, *(["--send-rate", "32Mbit/s"] if node == "c" else []))
+        decider = process._decider
+        while len(decider.nodes) < len(NODES):
+            await asyncio.sleep(0.05)
+        probing = Probing(STUCK, NODES, decider._cells_of, 0.0)
+        supervisors = decider.supervisors
+        supervisors.jobs["job"] = Supervisor("job", supervisors)
+        supervisors.jobs["job"]._probing[STUCK.number] = probing
+        for node, order in probing.orders("job", 0):
+            supervisors.do(Tell(node, order))
+        while probing.awaited:
+            await asyncio.sleep(0.05)
+        process.stop()
+        await running
+    assert len(supervisors.matrix.delays()) == 12
+    return probing.narrowed()
 
 
-def test_agents_measure_and_the_finding_is_narrowed_to_who_sends_slowly(
-    servers: dict[str, CellServer], tmp_path: Path
-) -> None:
-    probing = Probing(STUCK, NODES, lambda node: servers[node].address, 0.0)
-    answers: list[tuple[str, Probed]] = []
-
-    async def measure() -> None:
-        for node, order in probing.orders("job", 1):
-            peers = Peers(KEY)
-
-            def send(message: object, node: str = node) -> None:
-                assert isinstance(message, Probed)
-                answers.append((node, message))
-
-            socket_path = tmp_path / f"{node}.sock"
-            Reports(node, socket_path, send, print, lambda job, life: [], peers).order(order)
-        async with asyncio.timeout(60):
-            while len(answers) < len(NODES):
-                await asyncio.sleep(0.01)
-
-    asyncio.run(measure())
-    assert probing.awaited == set(NODES)
-    for node, answer in answers:
-        probing.heard(node, answer.transfers)
-    assert not probing.awaited
-    narrowed = probing.narrowed()
+def test_agents_measure_and_the_finding_is_narrowed_to_who_sends_slowly(tmp_path: Path) -> None:
+    with LocalCluster(agent_flags=["--memory-limit", "8MiB"]) as cluster:
+        narrowed = asyncio.run(measured(cluster, tmp_path / "address"))
     assert (narrowed.culprit.scope, narrowed.culprit.nodes) == (Scope.NODE, ("c",))
     assert narrowed.measured
     assert "node c sends slowly" in narrowed.sentence
     assert "the agents' network" in narrowed.sentence
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[CellServer]:
+    store = Store(tmp_path / "memory")
+    made = CellServer("127.0.0.1", 0, "a", store, KEY, nobody, nobody)
+    yield made
+    made.close()
+
+
 def test_a_peer_that_is_gone_silent_or_asked_for_too_much_harms_nobody(
-    servers: dict[str, CellServer], monkeypatch: pytest.MonkeyPatch
+    server: CellServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cells, "PEER_TIMEOUT_S", 0.5)
-    peers, address = Peers(KEY), servers["a"].address
+    peers, address = Peers(KEY), server.address
     assert 0 < peers.probe(address, PROBE_LIMIT_BYTES) < float("inf")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         where = "{}:{}".format(*silent.getsockname())

@@ -213,7 +213,7 @@ def test_an_incident_has_the_four_parts_of_downtime(job: Job) -> None:
 
 def test_who_makes_progress_is_looked_at_again_and_again_and_left_alone(job: Job) -> None:
     job.does = BUSY
-    job.run(200, hung=True)
+    job.run(280, hung=True)  # an evaluation of more than a minute
     assert len(job.ordered(LookAt)) > 2
     assert job.ordered(Collect) == job.ordered(KillWorkers) == job.kept(Incident) == []
     assert job.kinds() == ["hang_suspected", "witness"]
@@ -395,10 +395,10 @@ def test_a_pause_ends_with_the_life_and_is_nobody_elses_to_declare(job: Job) -> 
     job.run(1)
     foreign = job.nodes["n0"].sketch(job.now + WALL_S)
     job.all.heard("n0", Sketched(foreign, {1: Pause("lies", 0.0, 1e9)}), job.now)
-    assert [one["what"] for one in job.all.jobs[JOB].pauses(job.now)] == ["evaluation"]
+    assert [one["what"] for one in job.all.jobs[JOB].pauses.as_json(job.now)] == ["evaluation"]
     job.paused_at = None
     job.resume(50, job.now)
-    assert job.all.jobs[JOB].pauses(job.now) == []
+    assert job.all.jobs[JOB].pauses.as_json(job.now) == []
 
 
 def test_a_sketch_whose_layout_is_not_known_is_asked_for_as_a_whole() -> None:

@@ -1,5 +1,6 @@
 """Jobs that hang or are slow: found, named, and, where that is sure, run again by themselves."""
 
+import json
 import os
 import signal
 from typing import Any
@@ -107,8 +108,8 @@ class Watched(Town):
 def watched():
     opened: list[Watched] = []
 
-    def make(nodes: int, policy: str) -> Watched:
-        flags = ("--policy", policy, "--window", "0.5")
+    def make(nodes: int, policy: str, *more: str) -> Watched:
+        flags = ("--policy", policy, "--window", "0.5", *more)
         opened.append(Watched(nodes, coordinator_flags=flags))
         return opened[-1].open()
 
@@ -117,8 +118,12 @@ def watched():
         each.close()
 
 
-def test_a_stopped_rank_is_named_and_killed_and_at_the_second_time_so_is_its_node(watched):
-    here = watched(3, "restart+isolate")
+def test_a_stopped_rank_is_named_and_killed_and_at_the_second_time_so_is_its_node(
+    watched, tmp_path
+):
+    told = tmp_path / "told"
+    command = ("--actuator-command", f"sh -c 'cat >> {told}; echo >> {told}'")
+    here = watched(3, "restart+isolate", "--actuator", "command", *command)
     here.launch(spares=1)
     rank = next(e["rank"] for e in here.events("rank_attached") if e["node"] == "n1")
     here.trainers("n1")[-1].send_signal(signal.SIGSTOP)
@@ -149,6 +154,12 @@ def test_a_stopped_rank_is_named_and_killed_and_at_the_second_time_so_is_its_nod
     (marked,) = [node for node in here.status()["nodes"] if node["isolated"]]
     assert marked["node"] == "n1"
     assert "at fault twice" in marked["isolated"]
+    facts = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(one["action"], one["life"], one["isolate"]) for one in facts] == [
+        ("restart", 1, []),
+        ("isolate", 2, ["n1"]),
+    ]
+    assert len(here.events("actuated")) == 2
     here.finish(2)
     here.check_digests(2)
     assert {line["rank"] for line in here.said("launcher-n2") if line.get("event") == "end"}

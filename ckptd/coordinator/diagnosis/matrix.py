@@ -14,6 +14,7 @@ from statistics import median
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Scope
 
 NETWORK = "the agents' network"
+_AS_GOOD_AS_DEAD = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,10 @@ class Hot:
 
     @property
     def sentence(self) -> str:
-        return (
-            f"{self.culprit} {self.what}: {self.ratio:.1f} times the usual delay over "
-            f"{self.pairs} measured pairs of {NETWORK}"
-        )
+        over = f"over {self.pairs} measured pairs of {NETWORK}"
+        if self.ratio > _AS_GOOD_AS_DEAD:
+            return f"{self.culprit} {self.what}: hardly anything comes through {over}"
+        return f"{self.culprit} {self.what}: {self.ratio:.1f} times the usual delay {over}"
 
 
 class DelayMatrix:

@@ -19,6 +19,7 @@ from ckptd.coordinator.diagnosis.ended import Ended
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Scope
 from ckptd.coordinator.diagnosis.incidents import IncidentRecord
 from ckptd.coordinator.diagnosis.matrix import DelayMatrix
+from ckptd.coordinator.diagnosis.pauses import Pauses
 from ckptd.coordinator.diagnosis.policy import Decision, Do, Policy, PolicyLimits, Restart
 from ckptd.coordinator.diagnosis.probing import Probing
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
@@ -41,7 +42,6 @@ from ckptd.wire import (
     Look,
     LookAt,
     Looked,
-    Pause,
     Probed,
     Sketched,
     TellAll,
@@ -157,19 +157,6 @@ class _Case:
     repeat_at: float = 0.0
 
 
-@dataclass(slots=True)
-class _Paused:
-    """A rank that has said that it does something else."""
-
-    node: str
-    told: Pause
-    heard_at: float
-    overran: bool = False
-
-    def for_s(self, now: float) -> float:
-        return self.told.for_s + now - self.heard_at
-
-
 class Supervisor:
     """Watches one job, over its lives."""
 
@@ -184,7 +171,7 @@ class Supervisor:
         self._ended: Ended | None = None
         self._policy: Policy | None = None
         self._wanted_at: dict[str, float] = {}
-        self._paused: dict[int, _Paused] = {}
+        self.pauses = Pauses()
         self._probing: dict[int, Probing] = {}
         """By number of the finding."""
         self._began_at = 0.0
@@ -199,7 +186,7 @@ class Supervisor:
             self._end_slow(now, "its life has ended")
             self.case = None
             self._wanted_at.clear()
-            self._paused.clear()
+            self.pauses = Pauses()
             self._probing.clear()
             self._began_at, self._heard_at = now, None
         elif not self._began_at:
@@ -217,7 +204,8 @@ class Supervisor:
             self._parent.note_once("sketch_refused", self.job, f"{node}: {error}")
             return
         self._heard_at = now
-        self._hear_pauses(node, message.pauses, now)
+        self.pauses.hear(node, message.pauses, self.life.members, now)
+        self._count_pauses(now)
         if not known and now >= self._wanted_at.get(node, 0.0):
             self._wanted_at[node] = now + _TELL_ALL_S
             self._tell(node, TellAll(self.job, self.life.number))
@@ -321,7 +309,7 @@ class Supervisor:
 
     def tick(self, now: float) -> None:
         """Let time pass."""
-        self._end_overrun(now)
+        self._count_pauses(now)
         if self.life.trains or self.case is not None:
             for finding in self.detector.findings(now):
                 if finding.kind.is_hang:
@@ -331,6 +319,14 @@ class Supervisor:
         self._end_slow_probes(now)
         if self.case is not None:
             self._proceed(self.case, now)
+
+    @property
+    def suspects(self) -> set[str]:
+        """Nodes of ranks that are suspected to hang."""
+        if self.case is None:
+            return set()
+        culprit = self.case.finding.culprit
+        return {*culprit.nodes, *map(self._node_of, culprit.ranks)} - {""}
 
     @property
     def unseen(self) -> tuple[int, ...]:
@@ -359,45 +355,10 @@ class Supervisor:
             )
         return self.detector.quiet_because
 
-    # Pauses.
-
-    def pauses(self, now: float) -> list[dict[str, Any]]:
-        """JSON-ready: what ranks do instead of training; `over`: for longer than they said."""
-        return [
-            {
-                "rank": rank,
-                "what": paused.told.what,
-                "for_s": paused.for_s(now),
-                "at_most_s": paused.told.at_most_s,
-                "over": paused.overran,
-            }
-            for rank, paused in sorted(self._paused.items())
-        ]
-
-    def _hear_pauses(self, node: str, pauses: Mapping[int, Pause], now: float) -> None:
-        for rank in [rank for rank, paused in self._paused.items() if paused.node == node]:
-            if rank not in pauses:
-                del self._paused[rank]
-        for rank, told in pauses.items():
-            if self.life.members.get(rank, node) != node:
-                continue
-            old = self._paused.get(rank)
-            overran = old is not None and old.overran and told.for_s >= old.told.for_s
-            self._paused[rank] = _Paused(node, told, now, overran)
-        self._end_overrun(now)
-
-    def _end_overrun(self, now: float) -> None:
-        """A pause that lasts too long counts no more: it was forgotten, or the rank hangs in it."""
-        for rank, paused in self._paused.items():
-            if not paused.overran and paused.for_s(now) > paused.told.at_most_s:
-                paused.overran = True
-                text = (
-                    f"rank {rank} is paused for longer than the {paused.told.at_most_s:g} s that "
-                    f"it said ({paused.told.what}): its silence counts again"
-                )
-                self._note("pause_overrun", text, rank=rank)
-        counting = {r: p.told.what for r, p in self._paused.items() if not p.overran}
-        self.detector.pause(counting, now)
+    def _count_pauses(self, now: float) -> None:
+        for rank, text in self.pauses.overrun(now).items():
+            self._note("pause_overrun", text, rank=rank)
+        self.detector.pause(self.pauses.counting, now)
 
     # Hangs.
 
@@ -813,6 +774,10 @@ class Supervisors:
         if record is not None and record.job in self.jobs:
             self.jobs[record.job].ran(incident, program, failure, now)
 
+    def suspects_of(self, job: str) -> set[str]:
+        """Nodes of ranks of the job that are suspected to hang."""
+        return self.jobs[job].suspects if job in self.jobs else set()
+
     def take_actions(self) -> list[Action]:
         """What is to be done, in this order."""
         out, self._out = self._out, []
@@ -861,7 +826,7 @@ class Supervisors:
             "life": each.life.number,
             "quiet_because": each.quiet_because(now),
             "unseen_ranks": list(each.unseen),
-            "pauses": each.pauses(now),
+            "pauses": each.pauses.as_json(now),
             "hang_timeout_s": each.detector.hang_timeout_s,
             "restarts_stopped": policy.tripped,
             "findings": [
