@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from ckptd.coordinator.decider import Settings
+from ckptd.coordinator.diagnosis.supervisor import Note
 from ckptd.coordinator.rhythm import Rhythm
 from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status
@@ -108,6 +109,23 @@ class TestSuspects:
         cluster.pass_time(cluster.settings.beat_s)
         cluster.pass_time(3 * cluster.settings.beat_s, silent=["b"])
         assert cluster.told("a", Hasten) == [Hasten(id)], "once is enough"
+
+    def test_and_so_is_that_of_a_node_whose_rank_may_hang(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cluster = trained("a", "b", "c", "d")
+        id = max(cluster.coordinator.jobs[JOB].snapshots)
+        supervisors = cluster.coordinator.supervisors
+        monkeypatch.setattr(supervisors, "suspects_of", lambda job: {"c"})
+        cluster.seal_all(id)  # a suspicion that is older than the snapshot
+        assert cluster.told("a", Hasten) == [Hasten(id)]
+        cluster = trained("a", "b", "c", "d")
+        cluster.seal_all(id)
+        supervisors = cluster.coordinator.supervisors
+        monkeypatch.setattr(supervisors, "suspects_of", lambda job: {"c"})
+        supervisors.do(Note("hang_suspected", JOB, "rank 2 may hang"))
+        cluster.pass_time(cluster.settings.beat_s)
+        assert cluster.told("a", Hasten) == cluster.told("d", Hasten) == [Hasten(id)]
 
     def test_jobs_with_ranks_on_it_get_no_tickets_until_it_is_heard(self) -> None:
         cluster = trained("a", "b")

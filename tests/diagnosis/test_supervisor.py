@@ -217,11 +217,13 @@ def test_who_makes_progress_is_looked_at_again_and_again_and_left_alone(job: Job
     assert len(job.ordered(LookAt)) > 2
     assert job.ordered(Collect) == job.ordered(KillWorkers) == job.kept(Incident) == []
     assert job.kinds() == ["hang_suspected", "witness"]
+    assert job.all.suspects_of(JOB) == {"n1"}
     for node in job.nodes.values():
         for rank in (0, 1):
             node.add(job._record(rank, ended=True))
     job.run(20)
     assert job.kinds()[2:] == ["finding_over"]
+    assert job.all.suspects_of(JOB) == job.all.suspects_of("another") == set()
 
 
 def test_a_stuck_rank_is_shown_with_its_stack(job: Job) -> None:

@@ -176,6 +176,30 @@ def test_only_trainers_of_that_life_are_killed_stopped_ones_too(tmp_path: Path, 
     assert [type(message) for message in sent if isinstance(message, Clock)] == [Clock]
 
 
+def test_a_pause_ends_with_its_trainer(tmp_path: Path, sleepers):
+    paused, *_ = sleepers
+    directory = trainers_dir(tmp_path / "agent")
+    directory.mkdir(mode=0o700)
+    what = Paused("evaluation", time.time(), 3600.0)
+    told = Introduction(paused.pid, started_ticks(paused.pid), "job", 0, 1, 1, paused=what)
+    publish(directory / f"{paused.pid}-x{INTRODUCTION_SUFFIX}", told)
+
+    async def story() -> None:
+        peers = Peers(ClusterKey.read(None))
+        reports = Reports("n0", tmp_path / "agent", print, print, lambda job, life: [], peers)
+        running = asyncio.create_task(reports.run())
+        await scanned(reports, 1)
+        assert pauses_of(reports._shown("job", 1), time.time())[0].what == "evaluation"
+        paused.kill()
+        paused.wait(30)
+        async with asyncio.timeout(30):
+            while reports._shown("job", 1):
+                await asyncio.sleep(0.05)
+        running.cancel()
+
+    asyncio.run(story())
+
+
 def test_transfers_are_told_once_by_node_and_small_ones_not_at_all():
     peers = Peers(ClusterKey.read(None))
     peers.name_of = lambda address: {"10.0.0.2:9": "b"}.get(address, address)
