@@ -159,19 +159,17 @@ def probes(
     limits = limits or MatrixLimits()
     circle = list(dict.fromkeys(suspects))
     # With fewer than four nodes a slow one cannot be told from the rest.
-    circle += [node for node in dict.fromkeys(others) if node not in circle][
-        : max(0, 5 - len(circle))
-    ]
-    pairs: list[tuple[str, str]] = []
+    known = set(circle)
+    more = [node for node in dict.fromkeys(others) if node not in known]
+    circle += more[: max(0, 5 - len(circle))]
+    pairs: dict[tuple[str, str], None] = {}
     for distance in range(1, len(circle)):
         for i, node in enumerate(circle):
             other = circle[(i + distance) % len(circle)]
-            for pair in ((node, other), (other, node)):
-                if pair not in pairs:
-                    pairs.append(pair)
+            pairs[node, other] = pairs[other, node] = None
         if len(pairs) >= limits.probes_each * len(circle):
             break
-    return pairs[: limits.probes_each * len(circle)]
+    return list(pairs)[: limits.probes_each * len(circle)]
 
 
 def narrow(finding: Finding, matrix: DelayMatrix, others: Sequence[str] = ()) -> Finding:
