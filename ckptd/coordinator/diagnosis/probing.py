@@ -14,8 +14,8 @@ from ckptd.wire import Probe, Transfer
 PATIENCE_S = 8.0
 _PAIRS_MIN = 3
 _LIMITS = MatrixLimits(ratio=5.0)
-"""A few transfers only, on machines that may be busy. Five nodes that shared two busy cores, and had
-nothing wrong: with a ratio of 2 a link was named in 14 of 60 measurements, with 5 in 2 of 200."""
+"""A few transfers only, on machines that may be busy. Of five nodes on two busy cores, with
+nothing wrong, a link was named in 14 of 60 measurements with a ratio of 2, in 2 of 200 with 5."""
 _SUSPECTS_MAX = 256
 """Of more, the rest is not measured: who is to blame for so many is seldom one node."""
 _COMMUNICATION = (Kind.COMMUNICATION_HANG, Kind.COMMUNICATION_SLOW)
