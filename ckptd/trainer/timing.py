@@ -9,7 +9,8 @@ backend; a subclass, or a kernel called by `call_boxed`, hangs under load with t
 interpreter held.)
 
 An end is the completion of the operation's future; where gloo has none (reduce_scatter, send,
-recv), the return of `wait()`. On CUDA it is an event on the stream, looked at by a small thread.
+recv), the return of `wait()`, if that had to wait: else how long it took is not known. On CUDA it
+is an event on the stream, looked at by a small thread.
 """
 
 import logging
@@ -52,6 +53,7 @@ _NAMES = {
     "recv_any_source_": "recv",
 }
 _UNWAITED_LIMIT = 1024
+_AT_ONCE_NS = 200_000
 
 log = logging.getLogger("ckptd")
 
@@ -165,16 +167,27 @@ class Timing:
     def _end(self, started: "_Started") -> None:
         self._ring.end(started.record, time.perf_counter_ns() - started.began_ns)
 
+    def _end_waited(self, started: "_Started", called_ns: int) -> None:
+        """The end of an operation that has no future. If there was nothing to wait for any more, it
+        came at some time before: its duration would have the program's own time in it."""
+        blocked_ns = time.perf_counter_ns() - called_ns
+        if blocked_ns < _AT_ONCE_NS <= called_ns - started.began_ns:
+            self._ring.end(started.record, -1)
+        else:
+            self._end(started)
+
     def _waiting(self) -> Callable[..., bool]:
         original, unwaited, mutex = self._wait, self._unwaited, self._mutex
 
         def wait(work: Any, *arguments: Any, **named: Any) -> bool:
-            done: bool = original(work, *arguments, **named)
+            found = None
             if unwaited:
                 with mutex:
                     found = unwaited.pop(id(work), None)
-                if found is not None:
-                    self._end(found[1])
+            called_ns = time.perf_counter_ns()
+            done: bool = original(work, *arguments, **named)
+            if found is not None:
+                self._end_waited(found[1], called_ns)
             return done
 
         return wait

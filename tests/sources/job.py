@@ -73,6 +73,18 @@ def late(rank: Rank) -> None:
         dist.all_reduce(torch.ones(3))
 
 
+def overlaps(rank: Rank) -> None:
+    """Rank 1 waits for what rank 0 sends, which waits only when it has done something else."""
+    while not rank.agreed_over():
+        if rank.number == 0:
+            time.sleep(0.05)
+            work = dist.isend(torch.ones(3), 1)
+            time.sleep(0.05)
+            work.wait()
+        else:
+            dist.recv(torch.empty(3), 0)
+
+
 def falls_asleep(rank: Rank) -> None:
     while not rank.is_over():
         time.sleep(0.05)

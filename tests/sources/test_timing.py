@@ -27,7 +27,9 @@ def test_everything_has_a_duration_and_training_is_the_same_to_the_last_bit(job)
         assert {each.source for each in plain.observed if each.collectives} == {"recorder"}
     for rank in range(2):
         records = timed.records(rank).values()
-        assert all(r.duration_s is not None and r.duration_s >= 0 for r in records)
+        assert all(r.duration_s is None or r.duration_s >= 0 for r in records)
+        untold = {r.op for r in records if r.duration_s is None}
+        assert untold <= {"reduce_scatter", "send", "recv"}
         assert {r.op for r in records} >= {"all_reduce", "all_gather", "reduce_scatter", "recv"}
         assert not timed.gaps(rank)
     sends = {(r.seq, r.size_bytes) for r in of(timed, 0, "send") if r.peer == 1}
@@ -62,6 +64,23 @@ def test_the_rank_that_is_late_waits_for_nobody(job):
     waited, late = job.records(0)[key], job.records(1)[key]
     assert waited.entered_at < late.entered_at
     assert waited.duration_s > late.duration_s
+    job.stop()
+
+
+def test_what_had_ended_before_it_was_waited_for_has_no_duration(job):
+    job = job("overlaps", 2, CKPTD_TIMING="1")
+
+    def over(rank: int, op: str) -> list[Collective]:
+        return [record for record in of(job, rank, op) if record.ended]
+
+    job.wait("ten of them", lambda: len(over(0, "send")) > 10 and len(over(1, "recv")) > 10)
+
+    def known(rank: int, op: str) -> float:
+        found = over(rank, op)
+        return sum(record.duration_s is not None for record in found) / len(found)
+
+    # On a busy machine the one or the other comes late now and then.
+    assert known(0, "send") < 0.5 < known(1, "recv")
     job.stop()
 
 
