@@ -105,6 +105,8 @@ class Sketcher:
                 del self._groups[next(iter(self._groups))]
         life = self._lives.get(run)
         if life is None:
+            if not observed.collectives:
+                return
             life = self._lives[run] = _Life(Aggregator(*run, self._node))
             while len(self._lives) > _LIVES_LIMIT:
                 del self._lives[next(iter(self._lives))]
@@ -115,6 +117,7 @@ class Sketcher:
                 life.aggregator.learn(info)
         for record in observed.collectives:
             life.aggregator.add(record)
+        life.aggregator.read(observed.rank, observed.at)
         life.moved = life.moved or bool(observed.collectives)
 
     def tell_all(self, job: str, life: int) -> None:

@@ -274,9 +274,8 @@ class _Trainer:
             observed = self._observed("", now)
         groups = self._groups if self._groups is not self._told_groups else ()
         self._told_groups = self._groups
-        if groups or observed.collectives or observed.gaps or observed.dropped:
-            self._follow_open(observed)
-            self._deliver(msgspec.structs.replace(observed, groups=groups))
+        self._follow_open(observed)
+        self._deliver(msgspec.structs.replace(observed, groups=groups))
 
     def _observed(
         self,

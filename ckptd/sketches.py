@@ -95,6 +95,17 @@ class Sketch(msgspec.Struct, frozen=True, array_like=True):
     """Operations that were missed since the sketch before: gaps, never taken for absence."""
     parts: tuple[Part, ...] | None = None
     """None: as they were in the sketch that first had this `layout`."""
+    still_s: tuple[float, ...] = ()
+    """How long ago each rank of the parts, in order, last entered anything, or is known to have
+    ended it; NaN: unknown."""
+    read_s: tuple[float, ...] = ()
+    """How long ago its records were read, or it did not answer: nothing is known of it since."""
+    gap_s: float = nan
+    """Longest time without an entry or end of one of these ranks, of those that were over since
+    the sketch before; NaN: none was seen."""
+    open_kinds: tuple[Count, ...] = ()
+    """For each slot the kind of the first operation that has not ended: its index, and one; 0:
+    unknown, or all have. Empty: none has one."""
 
 
 def is_sampled(seq: int, level: int) -> bool:
@@ -137,6 +148,14 @@ class _Track:
     waited_s: float = nan
 
 
+@dataclass(slots=True)
+class _Signs:
+    """When a rank showed that it goes on. Seconds since the epoch."""
+
+    last_at: float = nan
+    read_at: float = nan
+
+
 class Aggregator:
     """Turns the records of one node's ranks, of one life, into sketches.
 
@@ -151,6 +170,8 @@ class Aggregator:
         self._meetings: dict[str, dict[int, dict[int, float]]] = {}
         """Group wholly on this node, and operation, to when each rank entered it."""
         self._tracks: dict[tuple[str, int], _Track] = {}
+        self._signs: dict[int, _Signs] = {}
+        self._gap_s = nan
         self._resolution_s = 0.0
         self._unknown = 0
         self._layout = 0
@@ -166,6 +187,7 @@ class Aggregator:
         if track is None:
             return
         self._resolution_s = max(self._resolution_s, record.resolution_s)
+        self._note_sign(record)
         if record.seq > track.recorded:
             if track.recorded:
                 self._unknown += record.seq - track.recorded - 1
@@ -179,6 +201,10 @@ class Aggregator:
         while len(track.open) > _OPEN_MAX:
             del track.open[min(track.open)]
         self._settle(track)
+
+    def read(self, rank: int, at: float) -> None:
+        """All that a rank had entered before `at`, epoch seconds, has been added."""
+        self._signs.setdefault(rank, _Signs()).read_at = at
 
     def position(self, group: str, rank: int, entered: int, ended: int) -> None:
         """What the group's own status says: cheaper than records, and so more often asked."""
@@ -211,6 +237,8 @@ class Aggregator:
         slots, seqs, numbers, ages, durations = (
             tuple(zip(*rows, strict=True)) if rows else ((),) * 5
         )
+        open_kinds = tuple(self._open_kind(track, kinds) for track in tracks)
+        signs = [self._signs.get(rank, _Signs()) for rank in ranks_of(parts)]
         made = Sketch(
             job=self.job,
             life=self.life,
@@ -226,10 +254,33 @@ class Aggregator:
             resolution_s=self._resolution_s,
             unknown=self._unknown,
             parts=parts if self._changed or whole else None,
+            still_s=tuple(at - each.last_at for each in signs),
+            read_s=tuple(at - each.read_at for each in signs),
+            gap_s=self._gap_s,
+            open_kinds=open_kinds if any(open_kinds) else (),
         )
+        self._gap_s = nan
         self._changed = False
         self._unknown = 0
         return made
+
+    def _note_sign(self, record: Collective) -> None:
+        """An operation that is told of twice, when it was entered and when it had ended, is one."""
+        signs = self._signs.setdefault(record.rank, _Signs())
+        ended_at = record.entered_at + (record.duration_s or 0.0)
+        for at in (record.entered_at, ended_at):
+            if at > signs.last_at:
+                self._gap_s = _larger(self._gap_s, at - signs.last_at)
+            if not at <= signs.last_at:
+                signs.last_at = at
+
+    @staticmethod
+    def _open_kind(track: _Track, kinds: dict[tuple[str, int], int]) -> int:
+        if not track.open:
+            return 0
+        record = track.open[min(track.open)]
+        kind = (plain_op(record.op), size_class(record.size_bytes))
+        return 1 + kinds.setdefault(kind, len(kinds))
 
     def _track(self, record: Collective) -> _Track | None:
         info = self._groups.get(record.group)
@@ -289,6 +340,11 @@ class Aggregator:
         track.ended = max(track.ended, first_open - 1)
 
 
+def ranks_of(parts: Iterable[Part]) -> list[int]:
+    """The ranks of a node, in order."""
+    return sorted({rank for part in parts for rank in part.ranks})
+
+
 def pair_name(group: str, source: int, destination: int) -> str:
     """The name under which point-to-point operations from one rank to another are matched."""
     return f"{group}:{source}>{destination}"
@@ -297,6 +353,11 @@ def pair_name(group: str, source: int, destination: int) -> str:
 def _oldest_s(track: _Track, at: float) -> float:
     """How long ago the first operation was entered that has not ended; NaN if there is none."""
     return at - track.open[min(track.open)].entered_at if track.open else nan
+
+
+def _larger(known: float, value: float) -> float:
+    """The larger one; NaN is none."""
+    return value if isnan(known) else max(known, value)
 
 
 def _or_zero(value: float) -> float:

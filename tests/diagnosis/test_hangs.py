@@ -141,6 +141,13 @@ def test_all_have_entered_and_none_leaves() -> None:
     assert finding.suspects == (0, 1)
 
 
+def test_all_ranks_of_a_stuck_group_are_looked_at_for_one_may_be_stopped_in_it() -> None:
+    members = {rank: waits(4) for rank in range(4)}
+    finding = Picture(per_node=2).draw([("x", members)]).finding()
+    assert finding is not None
+    assert finding.suspects == (0, 1, 2, 3)
+
+
 def test_some_have_left_and_others_cannot() -> None:
     finding = Picture().draw([("x", {0: waits(4), 1: waits(4), 2: waits(5)})]).finding()
     assert finding is not None
@@ -177,6 +184,85 @@ def test_a_circle_is_the_program_s() -> None:
     assert finding.confidence <= 0.5
 
 
+def called(ops: dict[int, str], at: int = 7) -> Finding | None:
+    """What is found where all ranks wait as operation `at` of one group, each in its own."""
+    picture = Picture()
+    for moment in (STOPPED_AT, NOW):
+        for rank, op in ops.items():
+            sketch = Sketch(
+                "job", 1, f"n{rank}", 1, moment, (at,), (at - 1,), kinds=((op, 4),),
+                parts=(Part("dp", len(ops), (rank,)),), open_kinds=(1,),
+            )  # fmt: skip
+            assert picture.table.observe(sketch, moment, 0.0, 0.0)
+        picture.table.flush()
+    return picture.finding()
+
+
+def test_who_has_called_another_operation_is_named() -> None:
+    ops = {rank: "all_gather" if rank == 2 else "all_reduce" for rank in range(4)}
+    finding = called(ops)
+    assert finding is not None
+    assert finding.kind is Kind.COMMUNICATION_HANG
+    assert finding.culprit.ranks == (2,)
+    assert "rank 2 on node n2 has called all_gather, others all_reduce" in finding.sentence
+    assert finding.confidence > 0.9
+
+
+def test_of_two_that_differ_either_may_be_wrong() -> None:
+    finding = called({0: "all_gather", 1: "all_reduce"})
+    assert finding is not None
+    assert finding.culprit.ranks == (0, 1)
+
+
+def test_ranks_that_call_the_same_are_not_told_apart_by_it() -> None:
+    finding = called(dict.fromkeys(range(4), "all_reduce"))
+    assert finding is not None
+    assert finding.culprit.scope is Scope.NODES
+
+
+class Read:
+    """Two ranks in one group on a node whose agent says when it has read them."""
+
+    def __init__(self) -> None:
+        self.table = Table()
+
+    def say(self, at: float, still_s: tuple[float, float], read_s: float, gap_s: float = nan):
+        """Rank 0 waits in operation 7, and rank 1 has not entered it."""
+        sketch = Sketch(
+            "job", 1, "n0", 1, at, (7, 6), (6, 6), parts=(Part("dp", 2, (0, 1)),),
+            still_s=still_s, read_s=(read_s, read_s), gap_s=gap_s,
+        )  # fmt: skip
+        assert self.table.observe(sketch, at, 0.0, 0.0)
+        self.table.flush()
+        return self
+
+    def finds(self, now: float, timeout_s: float = 1.0) -> bool:
+        return find_stall(self.table, timeout_s, 5.0, now) is not None
+
+
+def test_who_is_silent_only_because_nobody_has_read_it_is_not_suspicious() -> None:
+    assert not Read().say(10.0, still_s=(1.4, 1.4), read_s=1.3).finds(now=12.0)
+
+
+def test_silence_counts_from_the_last_sign_and_not_from_the_last_sketch() -> None:
+    read = Read().say(10.0, still_s=(1.2, 1.6), read_s=0.1)
+    assert read.finds(now=10.0)
+    assert read.table.rank_progress_at[1] == 8.4
+
+
+def test_what_a_pause_hides_is_not_silence() -> None:
+    read = Read().say(10.0, still_s=(5.0, 5.0), read_s=0.0)
+    read.table.forget_silence(10.0)
+    assert not read.finds(now=10.5)
+    assert read.finds(now=11.5)
+
+
+def test_what_is_usual_is_what_agents_have_seen() -> None:
+    read = Read().say(10.0, still_s=(0.2, 0.2), read_s=0.1, gap_s=0.4)
+    read.say(15.0, still_s=(0.2, 0.2), read_s=0.1, gap_s=0.3)
+    assert read.table.longest_gap_s == 0.4
+
+
 def test_from_a_silent_node_nothing_follows() -> None:
     members = {0: waits(7), 1: waits(7), 2: past(6)}
     assert Picture().draw([("dp", members)], silent=(2,)).finding() is None
@@ -211,6 +297,21 @@ def test_a_sketch_that_does_not_fit_is_asked_for_again() -> None:
     assert not table.observe(Sketch("job", 1, "n0", 1, 0.0, (1,), (1,)), 0.0, 0.0, 0.0)
     parts = (Part("dp", 2, (0, 1)),)
     assert not table.observe(Sketch("job", 1, "n0", 1, 0.0, (1,), (1,), parts=parts), 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"still_s": (1.0, 1.0), "read_s": (1.0, 1.0)},
+        {"still_s": (1.0,)},
+        {"open_kinds": (1, 1)},
+        {"open_kinds": (2,), "kinds": (("all_reduce", 4),)},
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
+    parts = (Part("dp", 2, (0,)),)
+    sketch = Sketch("job", 1, "n0", 1, 0.0, (1,), (1,), parts=parts, **wrong)
+    assert not Table().observe(sketch, 0.0, 0.0, 0.0)
 
 
 def test_a_group_with_too_many_ranks_is_refused() -> None:

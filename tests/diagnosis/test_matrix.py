@@ -97,5 +97,6 @@ def test_groups_in_common() -> None:
     assert culprit(["ab"], ["ac", "bc"]) == (Scope.LINK, "ab")
     assert culprit(["abc"], ["aa", "bb"]) == (Scope.NODES, "abc")
     assert culprit(["abc", "abd"], ["ac", "bd", "ad", "bc"]) == (Scope.LINK, "ab")
+    assert culprit(["ab", "bc"], ["bd", "abcd"]) == (Scope.NODE, "b")
     assert culprit(["aa"], ["ab"]) == (Scope.DEVICE, "a")
     assert culprit(["aa", "ab"], []) == (Scope.DEVICE, "a")

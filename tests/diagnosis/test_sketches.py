@@ -128,6 +128,45 @@ def test_waiting_in_a_group_on_one_node_is_added_up_from_entering_times() -> Non
     assert sketch.waited_s == (0.25, 0.0)
 
 
+def test_when_ranks_last_showed_a_sign_and_were_read() -> None:
+    agent = aggregator()
+    agent.add(record(1, 0, ended=False))
+    agent.read(0, 101.5)
+    agent.read(1, 101.6)
+    first = agent.sketch(102.0)
+    assert first.still_s == (1.0,)
+    assert first.read_s == (0.5,)
+    assert isnan(first.gap_s)
+    agent.add(record(1, 0, duration_s=2.5))
+    agent.add(record(3, 0, ended=False))
+    assert agent.sketch(104.0).still_s == (0.5,)  # the end of the first came after the entry
+    agent.add(record(9, 1))
+    last = agent.sketch(110.0)
+    assert last.still_s == (6.5, 1.0)
+    assert isnan(last.gap_s)
+
+
+def test_the_longest_time_between_two_signs_of_a_rank() -> None:
+    agent = aggregator()
+    for seq in (1, 2, 5, 6):
+        agent.add(record(seq, 0))
+        agent.add(record(seq, 1, entered_at=100.0 + 0.1 * seq))
+    assert agent.sketch(107.0).gap_s == 3.0
+
+
+def test_in_which_operation_a_rank_waits() -> None:
+    agent = aggregator()
+    agent.add(record(1, 0))
+    assert agent.sketch(101.0).open_kinds == ()
+    agent.add(record(2, 0, ended=False, op="gloo:all_gather"))
+    agent.add(record(2, 1))
+    sketch = agent.sketch(102.0)
+    assert [sketch.kinds[kind - 1][0] if kind else "" for kind in sketch.open_kinds] == [
+        "all_gather",
+        "",
+    ]
+
+
 def test_no_such_sum_for_a_group_that_is_elsewhere_too() -> None:
     agent = aggregator(GroupInfo("world", (0, 1, 2), "gloo"))
     agent.add(record(1, 0))

@@ -189,8 +189,7 @@ class Detector:
 
     def _forget_silence(self, now: float) -> None:
         """Nobody was silent, and no window is under way."""
-        self.table.rank_progress_at[:] = np.fmax(self.table.rank_progress_at, now)
-        self.table.longest_gap_s = 0.0
+        self.table.forget_silence(now)
         self._began = False
 
 

@@ -1,6 +1,7 @@
 """From what the rules have found to findings: who is named, how surely, in what words."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,6 +54,9 @@ def _root_stall(
 def _silent_stall(
     table: Table, found: Stall, timeout_s: float, limits: Thresholds, now: float
 ) -> Finding:
+    for group in found.silent_groups:
+        if (odd := _odd_ones(table, int(group))) is not None:
+            return _mismatch(table, found, int(group), *odd, limits, now)
     ranks = table.ranks_of(found.group)
     bad = [_nodes_in_order(table, table.ranks_of(int(group))) for group in found.silent_groups]
     # That others went on for longer proves little: only what comes first in the program is stuck.
@@ -67,7 +71,51 @@ def _silent_stall(
         sentence += " (on a GPU a stuck kernel of one of these ranks looks the same)"
     confidence = _surety(found, timeout_s, now) * location.certainty
     kind = Kind.COMMUNICATION_HANG
-    return _hang(table, found, kind, location.culprit, confidence, sentence, now)
+    finding = _hang(table, found, kind, location.culprit, confidence, sentence, now)
+    # Any rank may have been stopped within the operation: so all of them are looked at.
+    there = [rank for rank in ranks.tolist() if table.node_name(rank) in location.culprit.nodes]
+    return replace(finding, suspects=_stopped_first(table, tuple(there)))
+
+
+def _odd_ones(table: Table, group: int) -> tuple[Ints, str, str] | None:
+    """Ranks that wait in another operation than most of their group, theirs, and the others'.
+
+    None if that is not so, or not known. Where there are not more of the others, all are odd.
+    """
+    if table.group_parts[group].pair is not None:
+        return None  # one sends, and one receives
+    slots = table.slots_of(group)
+    kinds = table.open_kind[slots]
+    if (kinds < 0).any() or len(set(table.ended[slots].tolist())) > 1:
+        return None
+    ops = np.array([table.kinds[kind][0] for kind in kinds])
+    names, counts = np.unique(ops, return_counts=True)
+    if len(names) < 2:
+        return None
+    usual = names[np.argmax(counts)]
+    odd = table.rank[slots][ops != usual]
+    if 2 * counts.max() <= len(ops):
+        odd = table.rank[slots]
+    return np.sort(odd), str(ops[ops != usual][0]), str(usual)
+
+
+def _mismatch(
+    table: Table,
+    found: Stall,
+    group: int,
+    odd: Ints,
+    called: str,
+    usual: str,
+    limits: Thresholds,
+    now: float,
+) -> Finding:
+    culprit = culprit_of(table, odd, limits)
+    seq = int(table.ended[table.slots_of(group)][0]) + 1
+    sentence = (
+        f"as operation {seq} of {_group_words(table, group)} not all ranks have called the same: "
+        f"{culprit} has called {called}, others {usual}; the program takes another way there"
+    )
+    return _hang(table, found, Kind.COMMUNICATION_HANG, culprit, _SURE, sentence, now)
 
 
 def _hang(

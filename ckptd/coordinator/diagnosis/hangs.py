@@ -14,6 +14,8 @@ import numpy as np
 
 from ckptd.coordinator.diagnosis.table import Bools, Ints, Table
 
+_TOGETHER_S = 0.5
+"""Ranks that stopped within such a time stopped together."""
 _NONE_WAITS = np.iinfo(np.int64).max
 
 
@@ -83,7 +85,7 @@ class _View:
         self.known: Bools = self.rank >= 0
         node = table.rank_node[self.rank]
         self.heard: Bools = self.known & (now - table.node_heard_at[node] < stale_s)
-        silent_ranks = now - table.rank_progress_at >= timeout_s
+        silent_ranks = table.silent_s(now) >= timeout_s
         self.silent: Bools = silent_ranks[self.rank]
         pending = self.known & (self.entered > self.ended)
         self.waits: Bools = pending & self.heard & self.silent
@@ -151,7 +153,7 @@ class _View:
 def _stopped_first(table: Table, circle: Ints) -> Ints:
     """Of ranks that wait for one another those that stopped before the others did."""
     at = table.rank_progress_at[circle]
-    first: Ints = circle[at == at.min()]
+    first: Ints = circle[at - at.min() <= _TOGETHER_S]
     return first
 
 

@@ -38,7 +38,8 @@ def locate(
     Each group is given as the nodes of its ranks, in order; `good` are those that are known to
     work. A bad group on one node blames what joins that node's ranks. Else a node is to blame if
     all bad groups have it, and at least `coverage` of its groups between nodes are bad; else a
-    link, by the same rule; else it is one of several nodes, or what joins them.
+    link, by the same rule; else it is one of the nodes that all bad groups have, or what joins
+    them.
     """
     bad_sets, good_sets = _distinct(bad), _distinct(good)
     inside = sorted({group[0] for group in bad_sets if len(group) == 1})
@@ -58,6 +59,9 @@ def locate(
     if not several:
         several = set(between[0]).intersection(*between[1:]) or {n for g in between for n in g}
     names = tuple(sorted(several))
+    if len(names) == 1:
+        # Some of its groups work: of small messages, perhaps, or of others' that are not timed.
+        return Location(Culprit(Scope.NODE, ranks, names), 0.7)
     return Location(Culprit(Scope.NODES, ranks, names), 0.9 / len(names))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ckptd.collectives import MEETING
 from ckptd.errors import ProtocolError
-from ckptd.sketches import Part, Sketch
+from ckptd.sketches import Part, Sketch, ranks_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,7 +23,7 @@ Bools = NDArray[np.bool_]
 ROWS = 24
 """Sampled operations that are kept of each slot: all of a window, where a group has few."""
 RANKS_MAX = 1 << 20
-_NO_RANK = -1
+_NO_RANK = _NO_KIND = -1
 _NEVER = -np.inf
 
 
@@ -42,8 +42,8 @@ class Table:
         """(group, rank) to slot."""
         self._filled: list[int] = []
         """Slots of each group that have a rank."""
-        self._layouts: dict[str, tuple[int, Ints]] = {}
-        """Node to the number of its layout, and its slots."""
+        self._layouts: dict[str, tuple[int, Ints, Ints]] = {}
+        """Node to the number of its layout, its slots, and its ranks."""
         self._pending: dict[str, tuple[Sketch, float, float, float]] = {}
         self.used = 0
         """Slots in use."""
@@ -55,6 +55,9 @@ class Table:
         self.rank_node: Ints = np.full(64, _NO_RANK)
         self.rank_progress_at: Floats = np.full(64, _NEVER)
         """When a rank last entered or ended anything, in any group (monotonic seconds)."""
+        self._still_s: Floats = np.full(64, np.nan)
+        """How long a rank had been silent when it was last read; NaN: its agent does not say."""
+        self._counted_from = _NEVER
         self.node_heard_at: Floats = np.full(64, _NEVER)
         self.longest_gap_s = 0.0
         """Longest silence of a rank that then went on, since this was last set to 0."""
@@ -87,6 +90,8 @@ class Table:
         self.changed_at: Floats = column("changed_at", np.float64, _NEVER)
         self.pending_at: Floats = column("pending_at", np.float64, np.nan)
         self.waited_s: Floats = column("waited_s", np.float64, np.nan)
+        self.open_kind: Ints = column("open_kind", np.int64, _NO_KIND)
+        """Of the first operation that has not ended."""
         self.row_seq: Ints = column("row_seq", np.int64, -1, ROWS)
         self.row_entered: Floats = column("row_entered", np.float64, np.nan, ROWS)
         self.row_duration: Floats = column("row_duration", np.float64, np.nan, ROWS)
@@ -99,7 +104,9 @@ class Table:
         if sketch.parts is not None:
             self._lay_out(sketch.node, sketch.layout, sketch.parts)
         known = self._layouts.get(sketch.node)
-        if known is None or known[0] != sketch.layout or not _is_sound(sketch, len(known[1])):
+        if known is None or known[0] != sketch.layout:
+            return False
+        if not _is_sound(sketch, len(known[1]), len(known[2])):
             return False
         self._pending[sketch.node] = (sketch, now, offset_s, error_s)
         return True
@@ -114,19 +121,24 @@ class Table:
         layouts = [self._layouts[sketch.node][1] for sketch, *_ in batch]
         slots = np.concatenate(layouts)
         times = np.fromiter((now for _, now, *_ in batch), np.float64, len(batch))
-        at = np.repeat(times, [len(layout) for layout in layouts])
+        counts = list(map(len, layouts))
+        at = np.repeat(times, counts)
         entered = _column((s.entered for s, *_ in batch), np.int64)
         ended = np.minimum(_column((s.ended for s, *_ in batch), np.int64), entered)
         changed = (entered > self.entered[slots]) | (ended > self.ended[slots])
         self.progressed = bool(changed.any())
-        moved = slots[changed]
-        self._note_gaps(self.rank[moved], at[changed])
-        self.changed_at[moved] = at[changed]
-        np.maximum.at(self.rank_progress_at, self.rank[moved], at[changed])
+        self.changed_at[slots[changed]] = at[changed]
+        # Where an agent does not say when that was, it was when its sketch came.
+        unsaid = np.repeat([not s.still_s for s, *_ in batch], counts)
+        unsaid &= changed
+        self._note_gaps(self.rank[slots[unsaid]], at[unsaid])
+        np.maximum.at(self.rank_progress_at, self.rank[slots[unsaid]], at[unsaid])
+        self._take_signs([(s, now) for s, now, *_ in batch if s.still_s])
         self.entered[slots] = np.maximum(entered, self.entered[slots])
         self.ended[slots] = np.maximum(ended, self.ended[slots])
         self.pending_at[slots] = at - _optional((s.waiting_s, s.entered) for s, *_ in batch)
         self.waited_s[slots] = _optional((s.waited_s, s.entered) for s, *_ in batch)
+        self.open_kind[slots] = self._open_kinds([s for s, *_ in batch], counts)
         nodes = np.fromiter((self._node_index[s.node] for s, *_ in batch), np.int64, len(batch))
         silent = times - self.node_heard_at[nodes]
         self.longest_node_gap_s = max(self.longest_node_gap_s, _largest_finite(silent))
@@ -136,6 +148,32 @@ class Table:
         self.node_error_s[nodes] = np.fromiter(errors, np.float64, len(batch))
         self.unknown += sum(s.unknown for s, *_ in batch)
         self._take_samples([(s, offset) for s, _, offset, _ in batch if s.samples.slots])
+
+    def silent_s(self, now: float) -> Floats:
+        """For each rank how long it has shown no progress, as far as is known."""
+        silent = np.minimum(self._still_s, now - self._counted_from)
+        return np.where(np.isnan(self._still_s), now - self.rank_progress_at, silent)
+
+    def forget_silence(self, now: float) -> None:
+        """Nobody was silent until now."""
+        self.rank_progress_at[:] = np.fmax(self.rank_progress_at, now)
+        self._counted_from = now
+        self.longest_gap_s = 0.0
+
+    def _take_signs(self, batch: list[tuple[Sketch, float]]) -> None:
+        """What agents say of when their ranks showed progress."""
+        if not batch:
+            return
+        each = [self._layouts[sketch.node][2] for sketch, _ in batch]
+        ranks = np.concatenate(each)
+        still = _column((sketch.still_s for sketch, _ in batch), np.float64)
+        read = _column((sketch.read_s for sketch, _ in batch), np.float64)
+        heard = np.fromiter((now for _, now in batch), np.float64, len(batch))
+        at = np.repeat(heard, list(map(len, each))) - still
+        self._still_s[ranks] = still - read
+        self.rank_progress_at[ranks] = np.fmax(self.rank_progress_at[ranks], at)
+        gaps = np.fromiter((sketch.gap_s for sketch, _ in batch), np.float64, len(batch))
+        self.longest_gap_s = float(np.fmax(self.longest_gap_s, np.fmax.reduce(gaps)))
 
     def _note_gaps(self, ranks: Ints, at: Floats) -> None:
         """A slot that moved ends its rank's silence."""
@@ -169,6 +207,19 @@ class Table:
         known = [self._kind(kind) for kind in sketch.kinds]
         return [known[kind] for kind in sketch.samples.kinds]
 
+    def _open_kinds(self, sketches: list[Sketch], counts: list[int]) -> Ints:
+        """The kinds of all sketches in one row, and the place of each slot's in it."""
+        known: list[int] = []
+        begins = []
+        for sketch in sketches:
+            begins.append(len(known))
+            known.append(_NO_KIND)
+            if sketch.open_kinds:
+                known.extend(map(self._kind, sketch.kinds))
+        places = _column((s.open_kinds or (0,) * len(s.entered) for s in sketches), np.int64)
+        found: Ints = np.array(known)[places + np.repeat(begins, counts)]
+        return found
+
     def _kind(self, kind: tuple[str, int]) -> int:
         number = self._kind_index.get(kind)
         if number is None:
@@ -195,7 +246,8 @@ class Table:
         slots = [self._slot(part, rank) for part in parts for rank in part.ranks]
         for rank in chain.from_iterable(part.ranks for part in parts):
             self.rank_node[rank] = index
-        self._layouts[node] = (layout, np.array(slots, np.int64))
+        ranks = np.array(ranks_of(parts), np.int64)
+        self._layouts[node] = (layout, np.array(slots, np.int64), ranks)
 
     def _slot(self, part: Part, rank: int) -> int:
         group = self._group_index.get(part.group)
@@ -218,6 +270,7 @@ class Table:
             self.ranks = rank + 1
             self.rank_node = _grown(self.rank_node, self.ranks, _NO_RANK)
             self.rank_progress_at = _grown(self.rank_progress_at, self.ranks, _NEVER)
+            self._still_s = _grown(self._still_s, self.ranks, np.nan)
         self.version += 1
         return slot
 
@@ -256,7 +309,7 @@ class Table:
         return tuple(sorted({self.node_name(int(rank)) for rank in ranks}))
 
 
-def _is_sound(sketch: Sketch, slots: int) -> bool:
+def _is_sound(sketch: Sketch, slots: int, ranks: int) -> bool:
     """Whether the columns of a sketch, which came from elsewhere, fit one another."""
     samples, count = sketch.samples, len(sketch.samples.slots)
     columns = (samples.seqs, samples.kinds, samples.entered_s, samples.durations_s)
@@ -264,6 +317,10 @@ def _is_sound(sketch: Sketch, slots: int) -> bool:
         len(sketch.entered) == len(sketch.ended) == slots
         and len(sketch.waiting_s) in (0, slots)
         and len(sketch.waited_s) in (0, slots)
+        and len(sketch.still_s) == len(sketch.read_s)
+        and len(sketch.still_s) in (0, ranks)
+        and len(sketch.open_kinds) in (0, slots)
+        and max(sketch.open_kinds, default=0) <= len(sketch.kinds)
         and all(len(column) == count for column in columns)
         and (not count or (max(samples.slots) < slots and max(samples.kinds) < len(sketch.kinds)))
         and not isnan(sketch.at)
