@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test sim scale test-integrations lint fmt docs bench clean
+.PHONY: help demo drill test sim scale test-integrations lint fmt docs bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,10 @@ help: ## list the targets
 
 demo: $(READY) ## see a job lose a process, and come back
 	$(BIN)/ckptd demo
+
+drill: $(READY) ## inject every fault into real jobs, and see who is blamed: 40 minutes
+	$(BIN)/ckptd drill --timing
+	$(BIN)/ckptd drill
 
 test: $(READY) ## run the tests (PYTEST_ARGS="-k stripe" chooses among them)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --randomly-seed=$(SEED) $(PYTEST_ARGS)

@@ -167,13 +167,17 @@ class LocalCluster:
         )
 
     def spawn(
-        self, name: str, command: Sequence[str], environ: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        environ: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
         """Start any process as part of the cluster; its output goes to `log(name)`."""
         with self.log_path(name).open("ab") as log:
             process = subprocess.Popen(
                 list(command),
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**self._environ, **(environ or {})},

@@ -12,6 +12,7 @@ _VERBS = {
     "coordinator": "Run the cluster's one coordinator: it decides, and carries no state.",
     "demo": "Train, lose nodes, go on: the whole of ckptd on this machine, in minutes.",
     "drain": "Let a node leave, once all that it holds can be had without it.",
+    "drill": "Inject faults into real jobs, and see who is blamed for them.",
     "embedded": "Run agent and coordinator of one machine; trainers start it by themselves.",
     "incidents": "List what stopped or slowed jobs, or report on one.",
     "isolate": "Let a node have no part in any new life.",

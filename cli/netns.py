@@ -48,6 +48,18 @@ class Network:
         """What to put before a command so that it runs on a node."""
         return ["ip", "netns", "exec", self.nodes[number]]
 
+    def limit(self, number: int, bits_per_s: float | None) -> None:
+        """From now on the link of a node carries so much each way; None: nothing at all."""
+        for where, device in ((self.nodes[number], DEVICE), (self._switch, f"p{number}")):
+            if bits_per_s is None:
+                # No packet fits the bucket, so all are dropped, and nobody is told.
+                _run(
+                    *("tc", "-n", where, "qdisc", "replace", "dev", device, "root", "tbf"),
+                    *("rate", "8bit", "burst", "10", "latency", "1ms"),
+                )
+            else:
+                self._shape(where, device, bits_per_s)
+
     def close(self) -> None:
         """Give the namespaces back; whatever runs in them must have ended."""
         for name in self._made:
@@ -89,7 +101,7 @@ class Network:
     def _shape(self, where: str, device: str, bits_per_s: float) -> None:
         burst = max(_BURST_MIN_BYTES, int(bits_per_s / 8 * _BURST_S))
         _run(
-            *("tc", "-n", where, "qdisc", "add", "dev", device, "root", "tbf"),
+            *("tc", "-n", where, "qdisc", "replace", "dev", device, "root", "tbf"),
             *("rate", f"{bits_per_s:.0f}bit", "burst", str(burst), "latency", f"{_QUEUE_MS}ms"),
         )
 

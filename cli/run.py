@@ -92,13 +92,13 @@ def command(
         launch.keep_standbys(launch.watched(torchrun), modules, at_once=spare, tell=_say)
     address = None
     if agent:
-        with _connect(agent) as conn:
-            here = _ask(conn, WhereAmI())
+        with connect(agent) as conn:
+            here = ask(conn, WhereAmI())
             address = here.address if isinstance(here, Here) else None
             if spare:
                 _say(f"spare for {job!r}, waiting to be called")
                 conn.settimeout(None)
-                if not isinstance(_ask(conn, WaitForWork(job)), Work):
+                if not isinstance(ask(conn, WaitForWork(job)), Work):
                     raise AgentUnreachable(f"the agent at {agent} did not call this spare")
                 _say(f"called for {job!r}")
     arguments = launch.complete_arguments(torchrun, job, rendezvous, address)
@@ -120,7 +120,8 @@ def _spans_machines(torchrun: Sequence[str]) -> bool:
     return False
 
 
-def _connect(path: str) -> sockets.socket:
+def connect(path: str) -> sockets.socket:
+    """To the agent of this node. Raises AgentUnreachable."""
     conn = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
     conn.settimeout(10.0)
     try:
@@ -133,7 +134,8 @@ def _connect(path: str) -> sockets.socket:
     return conn
 
 
-def _ask(conn: sockets.socket, question: Message) -> AgentToLauncher:
+def ask(conn: sockets.socket, question: Message) -> AgentToLauncher:
+    """Its answer. Raises AgentUnreachable."""
     try:
         conn.send(encode(question))
         frame = conn.recv(1 << 16)

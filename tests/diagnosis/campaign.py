@@ -6,7 +6,6 @@ jobs are run for many simulated hours to count restarts that nobody needed.
 
 import argparse
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +15,7 @@ from msgspec import structs
 from ckptd.coordinator.diagnosis import Detector, Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.matrix import DelayMatrix, narrow, probes
 from ckptd.coordinator.diagnosis.policy import Do, Policy
+from ckptd.coordinator.diagnosis.score import NOTHING, Confusion, Expected, Said, spread
 from ckptd.coordinator.diagnosis.witness import Judgement, Verdict, judge
 from ckptd.sketches import Sketch
 from ckptd.wire import Look
@@ -30,7 +30,7 @@ LARGE = Shape(data=32, pipeline=8, tensor=8, microbatches=4, layers=1)
 SHAPES = {"replicas": REPLICAS, "tensor": TENSOR, "pipeline": PIPELINE, "experts": EXPERTS}
 FAULT_STEP = 130
 END_STEP = 230
-HEALTHY = "nothing"
+HEALTHY = NOTHING
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Case:
     seed: int
     fault: Fault | None
     expected: str
-    """As `said` would put it."""
+    """Kind and culprit, as `said` would put them."""
     declared: bool = False
     """The program says that it evaluates."""
 
@@ -52,7 +52,7 @@ class Case:
 class Outcome:
     """What was said about a case in the end."""
 
-    said: list[str] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
     """Each finding in its last form: slow ones, and hangs that the second witness confirmed."""
     restarts: int = 0
     suspicions: int = 0
@@ -61,7 +61,7 @@ class Outcome:
     findings: list[Finding] = field(default_factory=list)
 
 
-def said(finding: Finding) -> str:
+def said(finding: Finding, after_s: float, after_steps: float) -> Said:
     """A finding, short enough for a table."""
     culprit = finding.culprit
     who = {
@@ -69,7 +69,8 @@ def said(finding: Finding) -> str:
         Scope.RANKS: f"ranks {','.join(map(str, culprit.ranks))}",
         Scope.JOB: "job",
     }.get(culprit.scope, f"{culprit.scope.value} {','.join(culprit.nodes)}")
-    return f"{finding.kind.value} | {who}"
+    names = culprit.ranks, culprit.nodes
+    return Said(finding.kind.value, who, *names, finding.confidence, after_s, after_steps)
 
 
 class Witness:
@@ -132,7 +133,8 @@ def run(case: Case, poll_steps: float = 0.5, end_step: int = END_STEP) -> Outcom
 
     steps_s = case.shape.step_s
     play(job, poll_steps * steps_s, 1.4 * end_step * steps_s, observe)
-    outcome.said = [said(_probed(job, finding, nodes)) for finding in last.values()]
+    after = outcome.found_after_s, outcome.found_after_s / steps_s
+    outcome.said = [said(_probed(job, finding, nodes), *after) for finding in last.values()]
     return outcome
 
 
@@ -249,51 +251,30 @@ def where_of(shape: Shape, rank: int) -> str:
 
 
 @dataclass
-class Score:
+class Score(Confusion):
     """How often it was right."""
 
-    right: int = 0
-    said: int = 0
-    faults: int = 0
     restarts: int = 0
     """That nobody needed."""
-    table: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Sort of fault, and sort of finding: how often."""
-    delays_s: dict[str, list[float]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
 
-    @property
-    def precision(self) -> float:
-        return self.right / self.said if self.said else 1.0
-
-    @property
-    def recall(self) -> float:
-        return self.right / self.faults if self.faults else 1.0
-
-    def add(self, case: Case, outcome: Outcome) -> None:
+    def count(self, case: Case, outcome: Outcome) -> None:
         """One more case."""
-        sort = case.name.rsplit(" ", 2)[0]
-        self.said += len(outcome.said)
-        if case.expected == HEALTHY:
-            self.restarts += outcome.restarts
-        else:
-            self.faults += 1
-            self.right += case.expected in outcome.said
-        for text in outcome.said or [HEALTHY]:
-            kind = text.partition(" | ")[0]
-            verdict = kind if text in (case.expected, HEALTHY) else f"{kind}, wrong culprit"
-            self.table[sort, verdict] += 1
-        if case.expected in outcome.said:
-            self.delays_s.setdefault(sort, []).append(outcome.found_after_s)
-        if outcome.said != ([] if case.expected == HEALTHY else [case.expected]):
-            self.wrong.append(f"{case.name} seed {case.seed}: {case.expected} -> {outcome.said}")
+        kind, _, culprit = case.expected.partition(" | ")
+        is_healthy = case.expected == HEALTHY
+        expected = Expected() if is_healthy else Expected((kind,), (culprit,))
+        is_right = self.add(case.name.rsplit(" ", 2)[0], expected, outcome.said)
+        self.restarts += outcome.restarts if is_healthy else 0
+        if not is_right or len(outcome.said) > 1:
+            texts = [f"{each.kind} | {each.culprit}" for each in outcome.said]
+            self.wrong.append(f"{case.name} seed {case.seed}: {case.expected} -> {texts}")
 
     def __str__(self) -> str:
-        lines = [f"{'fault':<20}{'said':<44}{'times':>6}   found after, median (most), steps"]
-        for (sort, verdict), count in sorted(self.table.items()):
-            delays = self.delays_s.get(sort)
-            after = f"{np.median(delays):.1f} ({max(delays):.1f})" if delays else ""
-            lines.append(f"{sort:<20}{verdict:<44}{count:>6}   {after}")
+        lines = [f"{'fault':<20}{'said':<60}{'right':>8}   found after, steps"]
+        for sort, row in sorted(self.rows.items()):
+            found = ", ".join(f"{kind} {count}" for kind, count in row.found.most_common())
+            share = f"{row.right}/{row.runs}"
+            lines.append(f"{sort:<20}{found:<60}{share:>8}   {spread(row.after_steps)}")
         lines.append(f"precision {self.precision:.4f}  recall {self.recall:.4f}")
         return "\n".join([*lines, *self.wrong])
 
@@ -302,7 +283,7 @@ def score(chosen: Iterable[Case]) -> Score:
     """Run cases and count."""
     total = Score()
     for case in chosen:
-        total.add(case, run(case))
+        total.count(case, run(case))
     return total
 
 

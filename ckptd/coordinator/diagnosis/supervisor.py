@@ -831,9 +831,12 @@ class Supervisors:
             "restarts_stopped": policy.tripped,
             "findings": [
                 {
+                    "number": finding.number,
                     "kind": finding.kind.value,
                     "is_hang": finding.kind.is_hang,
                     "culprit": str(finding.culprit),
+                    "ranks": list(finding.culprit.ranks),
+                    "nodes": list(finding.culprit.nodes),
                     "text": finding.sentence,
                     "confidence": finding.confidence,
                     "for_s": now - finding.since,
