@@ -16,14 +16,14 @@ from ckptd.trainer.standby import Standbys
 
 WORKER = [sys.executable, "-u", "-m", "ckptd.trainer.script"]
 SCRIPT = """
-import json, os, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 if __name__ == "__main__":
     print(json.dumps({
         "argv": sys.argv[1:], "file": Path(__file__).name, "path": sys.path[0],
         "environ": {name: os.environ.get(name) for name in ("RANK", "GONE", "CKPTD_WATCH")},
-        "seen by children": os.popen("echo $RANK").read(),
+        "seen by children": subprocess.check_output("echo $RANK", shell=True, text=True),
         "leads": os.getsid(0) == os.getpgid(0) == os.getpid(),
         "directory": os.getcwd(), "stdin": sys.stdin.read(),
         "first to go": Path("/proc/self/oom_score_adj").read_text(),
