@@ -146,7 +146,7 @@ class TestLease:
         wait_until("somebody who has it", lambda: any(each.term >= 0 for each in everyone), 60)
         time.sleep(1)
         assert sum(each.term >= 0 for each in everyone) == 1
-        for _ in everyone:
+        while everyone:
             wait_until("somebody who has it", lambda: any(each.term >= 0 for each in everyone), 60)
             (holder,) = (each for each in everyone if each.term >= 0)
             everyone.remove(holder)
@@ -201,6 +201,18 @@ def test_a_cluster_that_is_away_costs_the_lease(
     held.release()
     with pytest.raises(ConfigError, match="connection refused"):
         lease("one", "b").acquire()
+
+
+def test_an_answer_that_is_none_costs_the_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_kubectl(tmp_path, monkeypatch)
+    held = lease("one", "a")
+    held.acquire()
+    (tmp_path / "kubectl").write_text("#!/bin/sh\necho '<html>'\n")
+    wait_until("its loss", lambda: held.lost, 60)
+    assert "cannot be renewed" in held.lost
+    held.release()
 
 
 def test_without_kubectl_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

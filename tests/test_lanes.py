@@ -230,6 +230,25 @@ class TestWindows:
         assert first == second
         assert first / 2 == pytest.approx(12.5e6 * 0.012 / 2, rel=0.3)  # the kernel doubles it
 
+    def test_a_link_that_was_slow_may_be_fast_again(self, conns: list[socket.socket]) -> None:
+        times = itertools.count(step=0.1)
+        windows = Windows(lambda: next(times))
+        for bytes_per_s in (100, 1e12):  # the same connections, used again
+            with windows.one(conns[0]), windows.one(conns[1]):
+                for _ in range(30):
+                    windows.arrived(int(bytes_per_s / 10))
+        most = int(Path("/proc/sys/net/core/rmem_max").read_text())
+        assert self.buffers(conns) == [2 * most] * 2
+
+    def test_after_a_silence_nothing_is_concluded(self, conns: list[socket.socket]) -> None:
+        times = iter([0.0, 100.0, 100.1])
+        before = self.buffers(conns)
+        windows = Windows(lambda: next(times))
+        with windows.one(conns[0]):
+            windows.arrived(1)
+            windows.arrived(1)
+        assert self.buffers(conns) == before
+
     def test_a_trickle_is_not_throttled_further(self, conns: list[socket.socket]) -> None:
         self.arrive(conns, 100)
         assert self.buffers(conns) == [64 << 10] * 2

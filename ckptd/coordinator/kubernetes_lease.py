@@ -17,18 +17,22 @@ from typing import Any
 
 import structlog
 
-from ckptd.errors import CkptdError, ConfigError
+from ckptd.errors import CkptdError, ConfigError, Superseded
 
 _TERM = "ckptd/term"
 _NOBODY = ""
 log = structlog.get_logger()
 
 
-class _Changed(CkptdError):
+class _Refused(CkptdError):
+    """It was not written."""
+
+
+class _Changed(_Refused):
     """Somebody else has written it since it was read."""
 
 
-class _Unreachable(CkptdError):
+class _Unreachable(_Refused):
     """The cluster did not answer, or not now."""
 
 
@@ -53,15 +57,23 @@ class KubernetesLease:
         self._renewed_s = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.lost = ""
+        self._lost = ""
+
+    @property
+    def lost(self) -> str:
+        """Why it is no longer held, or "": said before anybody else may think that it is free."""
+        held = self._thread is not None and not self._stop.is_set()
+        if held and time.monotonic() > self._renewed_s + self._duration_s * 2 / 3:
+            self._lost = self._lost or f"the lease {self._name} could not be renewed in time"
+        return self._lost
 
     def acquire(self) -> int:
         """Wait until nobody holds it, and take it; returns the highest term that it has seen.
 
-        Raises ConfigError if it cannot be used.
+        Raises ConfigError if it cannot be used, and Superseded after `release`.
         """
         seen, since_s, waited = "", 0.0, False
-        while True:
+        while not self._stop.is_set():
             try:
                 found = self._read()
                 if found is None:
@@ -82,14 +94,16 @@ class KubernetesLease:
                         holder=spec["holderIdentity"],
                     )
                 waited = True
-                time.sleep(min(free_s, self._duration_s / 5))
+                self._stop.wait(min(free_s, self._duration_s / 5))
             except _Changed:
                 continue
             except _Unreachable as error:
                 if not waited:
                     raise ConfigError(f"cannot use the lease {self._name}: {error}") from error
                 log.warning("cannot read the lease", lease=self._name, error=str(error))
-                time.sleep(self._duration_s / 5)
+                self._stop.wait(self._duration_s / 5)
+        else:
+            raise Superseded(f"somebody else holds the lease {self._name}")
         self._thread = threading.Thread(target=self._renew, name="ckptd-lease", daemon=True)
         self._thread.start()
         return self._term
@@ -100,8 +114,8 @@ class KubernetesLease:
             return
         try:
             with self._mutex:
-                self._write("replace", self._lease, term=term)
-        except (_Changed, _Unreachable) as error:
+                self._renew_once(term)
+        except _Refused as error:
             raise ConfigError(f"cannot write the lease {self._name}: {error}") from error
 
     def release(self) -> None:
@@ -113,7 +127,7 @@ class KubernetesLease:
         if not self.lost:
             try:
                 self._write("replace", self._lease, _NOBODY)
-            except (_Changed, _Unreachable) as error:
+            except _Refused as error:
                 log.warning("the lease was not given back", lease=self._name, error=str(error))
 
     @property
@@ -135,22 +149,20 @@ class KubernetesLease:
                     self._renew_once()
             except _Unreachable as error:
                 log.warning("cannot renew the lease", lease=self._name, error=str(error))
-            except CkptdError as error:
-                self.lost = str(error)
-            # Before anybody else may think that it is free.
-            if not self.lost and time.monotonic() > self._renewed_s + self._duration_s * 2 / 3:
-                self.lost = f"the lease {self._name} could not be renewed in time"
+            except Exception as error:  # whatever it is, nobody else would renew it
+                self._lost = f"the lease {self._name} cannot be renewed: {error}"
 
-    def _renew_once(self) -> None:
+    def _renew_once(self, term: int | None = None) -> None:
         try:
-            self._write("replace", self._lease)
+            self._write("replace", self._lease, term=term)
         except _Changed:
             found = self._read()
             holder = found.get("spec", {}).get("holderIdentity") if found else None
             if found is None or holder != self.holder:
-                self.lost = f"the lease {self._name} has another holder: {holder or 'nobody'}"
-            else:  # somebody has noted something in it
-                self._write("replace", found)
+                self._lost = f"the lease {self._name} has another holder: {holder or 'nobody'}"
+                raise
+            # Somebody has noted something in it.
+            self._write("replace", found, term=term)
 
     def _read(self) -> dict[str, Any] | None:
         text = self._kubectl("get", "lease", self._name, "--ignore-not-found")

@@ -102,7 +102,13 @@ class CoordinatorProcess:
 
         Raises Superseded when another coordinator is the cluster's.
         """
-        seen_term = self._lease.acquire()
+        loop = asyncio.get_running_loop()
+        for number in signals:
+            loop.add_signal_handler(number, self._stopping.set)
+        stopped = asyncio.create_task(self._stopping.wait())
+        seen_term = await self._acquire(stopped)
+        if seen_term is None:
+            return
         context = zmq.asyncio.Context()
         authenticator = start_authenticator(context, self._key)
         self._socket = server_socket(context, self._key)
@@ -130,10 +136,6 @@ class CoordinatorProcess:
             encrypted=bool(self._key.secret),
             coordinator=claim.coordinator,
         )
-        loop = asyncio.get_running_loop()
-        for number in signals:
-            loop.add_signal_handler(number, self._stopping.set)
-        stopped = asyncio.create_task(self._stopping.wait())
         tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_time())]
         waiting: set[asyncio.Task[Any]] = {*tasks, stopped}
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -149,6 +151,18 @@ class CoordinatorProcess:
             task.result()
         if self._decider.ended:
             raise Superseded(self._decider.ended)
+
+    async def _acquire(self, stopped: asyncio.Task[Any]) -> int | None:
+        """The highest term that the lease has seen; None: it was told to stop while it waited."""
+        acquiring = asyncio.ensure_future(asyncio.to_thread(self._lease.acquire))
+        await asyncio.wait({acquiring, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if acquiring.done():
+            return acquiring.result()
+        self._lease.release()
+        with contextlib.suppress(Superseded, ConfigError):
+            await acquiring
+            self._lease.release()  # it had just got it
+        return None
 
     async def _receive(self) -> None:
         while True:

@@ -7,12 +7,14 @@ is measured is the CPU time that `Coordinator.handle` and `tick` take, and what 
 
 import gc
 import json
+import math
 import random
 import tracemalloc
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import process_time
 
 import click
@@ -336,8 +338,12 @@ def _memory_mib(nodes: int) -> float:
 @click.option("--steps", default=5, show_default=True, help="Seconds of training to measure.")
 @click.option("--memory/--no-memory", default=True, help="Whether to measure memory, too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each size.")
-def main(nodes: tuple[int, ...], steps: int, memory: bool, as_json: bool) -> None:
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it, too: a .svg or .png file.")
+def main(
+    nodes: tuple[int, ...], steps: int, memory: bool, as_json: bool, plot: Path | None
+) -> None:
     """Print what one coordinator needs, by the number of nodes."""
+    every = []
     if not as_json:
         click.echo(
             " nodes   ranks  start, CPU s  idle, CPU s per s  CPU s per s  restart, CPU s"
@@ -345,6 +351,7 @@ def main(nodes: tuple[int, ...], steps: int, memory: bool, as_json: bool) -> Non
         )
     for count in nodes:
         found = measure(count, steps, memory)
+        every.append(found)
         if as_json:
             click.echo(json.dumps(asdict(found)))
         else:
@@ -354,6 +361,30 @@ def main(nodes: tuple[int, ...], steps: int, memory: bool, as_json: bool) -> Non
                 f"{found.restart_cpu_s:14.2f}  {found.messages_per_s:14.0f}  "
                 f"{found.memory_mib:11.1f}"
             )
+    if plot is not None:
+        draw(every, plot)
+
+
+def draw(every: Sequence[Figures], path: Path) -> None:
+    """Cost by the number of nodes, both logarithmic, beside what n log n would be."""
+    from matplotlib.figure import Figure
+
+    nodes = [found.nodes for found in every]
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
+    for label, values in (
+        ("training, a snapshot a second: CPU s per s", [f.cpu_s_per_s for f in every]),
+        ("heartbeats alone: CPU s per s", [f.idle_cpu_s_per_s for f in every]),
+        ("all nodes join and a job begins: CPU s", [f.start_cpu_s for f in every]),
+        ("a job begins anew: CPU s", [f.restart_cpu_s for f in every]),
+    ):
+        axes.plot(nodes, values, marker="o", label=label)
+    scale = every[-1].cpu_s_per_s / (nodes[-1] * math.log(nodes[-1]))
+    growth = [scale * count * math.log(count) for count in nodes]
+    axes.plot(nodes, growth, color="grey", linestyle=":", label="n log n")
+    axes.set(xscale="log", yscale="log", xlabel="nodes, eight ranks on each", ylabel="seconds")
+    axes.grid(visible=True, which="major", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -282,6 +282,10 @@ def test_a_second_coordinator_waits_for_the_kubernetes_lease(served, tmp_path, m
     here.open()
     here.spawn("second", here.coordinator_command("second", *flags))
     here.wait("the second to wait", lambda: "waiting until the lease" in here.log("second"))
+    here.spawn("third", here.coordinator_command("third", *flags))
+    here.wait("the third to wait", lambda: "waiting until the lease" in here.log("third"))
+    here.processes["third"].terminate()
+    assert here.processes["third"].wait(30) == 0
     assert here.asked("first")["address"] == first
     here.kill("first")
     here.announced("second")
