@@ -24,6 +24,8 @@ class Between:
 
     def __init__(self, coordinator: str) -> None:
         self._context = zmq.Context()
+        self._context.setsockopt(zmq.SNDHWM, 0)  # loses what it is told to, and nothing else
+        self._context.setsockopt(zmq.RCVHWM, 0)
         self._front = self._context.socket(zmq.ROUTER)
         self._front.router_handover = True
         port = self._front.bind_to_random_port("tcp://127.0.0.1")

@@ -1,8 +1,10 @@
 """A node whose memory directory, with the log in it, is full: to the last byte, in mid-run."""
 
+import itertools
 import mmap
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from ckptd.agent.log_file import LogFile
 from ckptd.client import give_order
+from ckptd.errors import Refused
 from ckptd.journal import Entry
 from ckptd.wire import SetQuota
 
@@ -58,7 +61,7 @@ class Small(Fleet):
         return self.memory_of("n1") / ".ballast"
 
     def fill(self) -> None:
-        with self._ballast.open("wb", buffering=0) as file, ExitStack() as stack:
+        with self._ballast.open("ab", buffering=0) as file, ExitStack() as stack:
             stack.enter_context(pytest.raises(OSError, match="No space left"))
             for size_bytes in (1 << 16, 1):
                 while True:
@@ -101,13 +104,27 @@ def test_training_goes_on_and_what_is_protected_stays(here: Small) -> None:
     assert here.protected() == before
 
     # Room for the digests of a segment, and then none for its agent's own records.
-    here.leave(pages=1)
-    here.wait("its agent to say so", lambda: [r for r in here.reasons() if "cannot store" in r])
+    def says_so() -> list[str]:
+        here.fill()  # what a capture in mid-way had, and gave back
+        here.leave(pages=1)
+        time.sleep(0.5)
+        return [reason for reason in here.reasons() if "cannot store" in reason]
+
+    here.wait("its agent to say so", says_so, 60)
     assert here.wait_for_protected() >= before
-    here.fill()
-    give_order(here.endpoint, here.key, SetQuota(JOB, QUOTA_BYTES))
+    sizes = itertools.count(QUOTA_BYTES)
+
+    def is_refused() -> bool:
+        here.fill()
+        try:
+            give_order(here.endpoint, here.key, SetQuota(JOB, next(sizes)))
+        except Refused as error:
+            return "n1 has not stored it yet" in str(error)
+        return False
+
+    here.wait("an order that n1 cannot store", is_refused, 60)
     here.wait("the other to keep it", lambda: len(here.kept("n0")) == 1)
-    assert not here.kept("n1")
+    assert here.kept("n1") != here.kept("n0")
 
     here.kill("agent-n1")
     here.start_agent("n1")

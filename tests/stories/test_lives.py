@@ -251,13 +251,27 @@ def test_one_machine_adopts_its_snapshot_after_its_agent_was_killed(town):
     assert here.check_equal([first, second]) > start
 
 
-def test_a_job_that_is_started_twice_says_so_to_the_first(town):
+def test_a_job_that_is_started_twice_goes_on_in_the_first_run(town):
     here = town(1)
     first = here.train()
     here.wait_for_start(first)
     here.wait_for_snapshot("sealed", after=2)
+    second = here.train("--timeout", "10")
+    said = here.wait("the refusal", lambda: here.event(second[0], "refused"), 60)
+    assert "life 1, whose ranks are all there, to end or to stand still" in said["text"]
+    here.wait_for_snapshot("sealed", after=here.wait_for_snapshot("sealed"))
+    assert here.job(JOB)["life"] == 1
+
+
+def test_a_run_that_stands_still_hears_that_its_job_was_started_again(town):
+    here = town(1)
+    first = here.train()
+    here.wait_for_start(first)
+    here.wait_for_snapshot("sealed", after=2)
+    here.processes[first[0]].send_signal(signal.SIGSTOP)
     second = here.train()
     here.wait_for_start(second)
+    here.processes[first[0]].send_signal(signal.SIGCONT)
     here.wait("the first to be told", lambda: "was started again: life 2" in here.log(first[0]))
 
 
