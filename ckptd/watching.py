@@ -201,7 +201,12 @@ def launcher_of(pid: int) -> int:
 
 
 def _has_variable(pid: int, name: bytes) -> bool:
-    """Whether a process was started with it in its environment."""
+    """Whether a process was started with it in its environment.
+
+    A standby was not: it has what it is told with its rank, and only itself can see that.
+    """
+    if pid == os.getpid() and name in os.environb:
+        return True
     try:
         environ = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:

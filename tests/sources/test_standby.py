@@ -19,11 +19,14 @@ SCRIPT = """
 import json, os, subprocess, sys
 from pathlib import Path
 
+from ckptd.watching import launcher_of
+
 if __name__ == "__main__":
     print(json.dumps({
         "argv": sys.argv[1:], "file": Path(__file__).name, "path": sys.path[0],
         "environ": {name: os.environ.get(name) for name in ("RANK", "GONE", "CKPTD_WATCH")},
         "seen by children": subprocess.check_output("echo $RANK", shell=True, text=True),
+        "is its parent's": launcher_of(os.getpid()) == os.getppid(),
         "leads": os.getsid(0) == os.getpgid(0) == os.getpid(),
         "directory": os.getcwd(), "stdin": sys.stdin.read(),
         "first to go": Path("/proc/self/oom_score_adj").read_text(),
@@ -85,7 +88,7 @@ def environ(**more):
 
 @pytest.mark.parametrize("how", [["train.py"], ["--module", "train"], ["train.py", "raise"]])
 def test_a_worker_from_a_standby_is_as_one_that_was_started_cold(make, tmp_path, how):
-    env = environ(RANK="3", ODD=os.fsdecode(b"\xff"))
+    env = environ(RANK="3", TORCHELASTIC_RUN_ID="run", ODD=os.fsdecode(b"\xff"))
     cold = subprocess.run(
         [*WORKER, *how, "--a", "b c"], env=env, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, timeout=100, check=False, start_new_session=True,
@@ -98,6 +101,7 @@ def test_a_worker_from_a_standby_is_as_one_that_was_started_cold(make, tmp_path,
         assert process.wait(100) == cold.returncode == (1 if "raise" in how else 7)
     told, expected = json.loads((tmp_path / "out").read_text()), json.loads(cold.stdout)
     assert told == expected
+    assert told["is its parent's"]
     assert told["environ"] == {"RANK": "3", "GONE": None, "CKPTD_WATCH": "0"}
     ends = [text.splitlines()[-1] for text in ((tmp_path / "err").read_text(), cold.stderr)]
     assert ends[0] == ends[1] == ("ValueError: wrong" if "raise" in how else "an error")
