@@ -1,7 +1,7 @@
 """Who hangs, on pictures small enough to draw."""
 
 from collections.abc import Iterable
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -304,6 +304,7 @@ def test_a_sketch_that_does_not_fit_is_asked_for_again() -> None:
     [
         {"still_s": (1.0, 1.0), "read_s": (1.0, 1.0)},
         {"still_s": (1.0,)},
+        {"gap_s": inf},
         {"open_kinds": (1, 1)},
         {"open_kinds": (2,), "kinds": (("all_reduce", 4),)},
     ],

@@ -1,6 +1,7 @@
 """From sketches to actions: given what agents say, what is done, and what is not."""
 
 from dataclasses import dataclass, field
+from math import inf, nan
 
 import pytest
 
@@ -398,6 +399,11 @@ def test_a_pause_ends_with_the_life_and_is_nobody_elses_to_declare(job: Job) -> 
     foreign = job.nodes["n0"].sketch(job.now + WALL_S)
     job.all.heard("n0", Sketched(foreign, {1: Pause("lies", 0.0, 1e9)}), job.now)
     assert [one["what"] for one in job.all.jobs[JOB].pauses.as_json(job.now)] == ["evaluation"]
+    endless = {0: Pause("lies", -inf, 1.0), 7: Pause("nobody", 0.0, 1.0)}
+    for told in (endless, {0: Pause("lies", 0.0, inf)}, {0: Pause("lies", nan, nan)}):
+        job.all.heard("n0", Sketched(foreign, told), job.now)
+        job.all.status(job.now)
+        assert [one["rank"] for one in job.all.jobs[JOB].pauses.as_json(job.now)] == [1]
     job.paused_at = None
     job.resume(50, job.now)
     assert job.all.jobs[JOB].pauses.as_json(job.now) == []

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from ckptd.wire import Pause
@@ -27,15 +28,18 @@ class Pauses:
     def hear(
         self, node: str, told: Mapping[int, Pause], members: Mapping[int, str], now: float
     ) -> None:
-        """All pauses on a node, as its agent says; `members`: rank to node."""
+        """All pauses on a node, as its agent says; `members`: rank to node.
+
+        What makes no sense, or is of a rank that is not known to be there, does not count.
+        """
+        told = {r: p for r, p in told.items() if members.get(r) == node and _is_sound(p)}
         for rank in [rank for rank, paused in self._ranks.items() if paused.node == node]:
             if rank not in told:
                 del self._ranks[rank]
         for rank, pause in told.items():
-            if members.get(rank, node) == node:
-                old = self._ranks.get(rank)
-                overran = old is not None and old.overran and pause.for_s >= old.told.for_s
-                self._ranks[rank] = _Paused(node, pause, now, overran)
+            old = self._ranks.get(rank)
+            overran = old is not None and old.overran and pause.for_s >= old.told.for_s
+            self._ranks[rank] = _Paused(node, pause, now, overran)
 
     def overrun(self, now: float) -> dict[int, str]:
         """By rank, once each, what lasts too long: it was forgotten, or the rank hangs in it."""
@@ -66,3 +70,7 @@ class Pauses:
             }
             for rank, paused in sorted(self._ranks.items())
         ]
+
+
+def _is_sound(pause: Pause) -> bool:
+    return all(isfinite(seconds) and seconds >= 0 for seconds in (pause.for_s, pause.at_most_s))

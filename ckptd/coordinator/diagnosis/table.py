@@ -6,7 +6,7 @@ reductions over ranges (`numpy.ufunc.reduceat`), and 80,000 ranks cost milliseco
 
 from collections.abc import Iterable
 from itertools import chain
-from math import isnan, nan
+from math import isinf, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -324,6 +324,7 @@ def _is_sound(sketch: Sketch, slots: int, ranks: int) -> bool:
         and all(len(column) == count for column in columns)
         and (not count or (max(samples.slots) < slots and max(samples.kinds) < len(sketch.kinds)))
         and not isnan(sketch.at)
+        and not isinf(sketch.gap_s)
     )
 
 
