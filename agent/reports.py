@@ -295,15 +295,20 @@ class Reports:
 
 def end_launcher(pid: int, ticks: int) -> int:
     """SIGKILL a launcher with all that it has started; returns how many that were."""
-    with contextlib.suppress(OSError, psutil.Error):
-        if pid and started_ticks(pid) == ticks:
-            os.kill(pid, signal.SIGSTOP)  # it shall start no more
-            launcher = psutil.Process(pid)
-            family = [*launcher.children(recursive=True), launcher]
+    if pid <= 1 or not ticks or started_ticks(pid) != ticks:
+        return 0
+    family = []
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGSTOP)  # it shall start no more
+        try:
+            with contextlib.suppress(psutil.Error):
+                family = psutil.Process(pid).children(recursive=True)
             for process in family:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            return len(family)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+        return len(family) + 1
     return 0
 
 

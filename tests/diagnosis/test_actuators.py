@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -175,6 +176,34 @@ def test_a_launcher_is_found_from_its_trainer_and_ended_with_all_that_it_started
     psutil.wait_procs(family, timeout=30)
     assert not any(p.is_running() and p.status() != "zombie" for p in family)
     assert end_launcher(launcher.pid, ticks) == 0
+
+
+def test_no_process_is_no_launcher_whatever_its_trainer_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    signalled: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *told: signalled.append(told))
+    for pid in (-1, 0, -os.getpid()):
+        assert end_launcher(pid, 0) == 0
+    assert end_launcher(1, started_ticks(1)) == 0
+    assert signalled == []
+
+
+def test_a_launcher_whose_children_cannot_be_found_is_not_left_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1)
+
+    def children(process: psutil.Process, recursive: bool) -> list[psutil.Process]:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "children", children)
+    try:
+        assert end_launcher(launcher.pid, started_ticks(launcher.pid)) == 1
+        assert launcher.wait(30) == -signal.SIGKILL
+    finally:
+        launcher.kill()
+        launcher.wait()
 
 
 class FakeApi(BaseHTTPRequestHandler):
