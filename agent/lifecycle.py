@@ -213,6 +213,8 @@ class Lifecycle:
         self.trainers: dict[int, Trainer] = {}
         self.launchers: dict[int, str] = {}
         self.manifests: dict[SnapshotId, JobManifest] = {m.id: m for m in adopted.manifests}
+        self._manifest_before: JobManifest | None = None
+        """What the manifest that was to be stored last has replaced."""
         self.records: dict[str, JobRecord] = {r.job: r for r in adopted.records}
         self.grants: dict[str, Grant] = {}
         self.problems: list[str] = list(adopted.problems)
@@ -285,7 +287,7 @@ class Lifecycle:
                 self.term, self._term_since = self._term_before
                 self._problem(f"orders are not obeyed: the term cannot be stored: {event.reason}")
             case ev.ManifestNotKept():
-                self.manifests.pop(event.id, None)
+                self._restore_manifest(event.id)
                 self._encode_failed(ev.EncodeFailed(event.id, event.reason))
             case ev.FromLocal():
                 self._from_local(event, now)
@@ -1275,9 +1277,18 @@ class Lifecycle:
     def _keep_manifest(self, manifest: JobManifest) -> None:
         known = self.manifests.get(manifest.id)
         if known is None or (known != manifest and known.edition <= manifest.edition):
+            self._manifest_before = known
             self.manifests[manifest.id] = manifest
             self._world_sizes[manifest.id] = manifest.world_size
             self._do(ev.KeepManifest(manifest))
+
+    def _restore_manifest(self, id: SnapshotId) -> None:
+        """The newest edition could not be stored: the one before, if any, is still there."""
+        before, self._manifest_before = self._manifest_before, None
+        if before is not None and before.id == id:
+            self.manifests[id] = before
+        else:
+            self.manifests.pop(id, None)
 
     def _forget_size(self, id: SnapshotId) -> None:
         """Its world size is of no use without anything of it."""

@@ -460,6 +460,16 @@ class TestTheAgent:
         assert not only(ev.Encode, done)
         assert reports(done, Holds)[0].holding.manifest == new, "so that its sender learns of it"
 
+    def test_an_edition_that_cannot_be_stored_leaves_the_one_before(self) -> None:
+        node, id = self.holder()
+        old = manifest_of(id)
+        new = old.with_nodes({(0, 1): "z"})
+        node.order(Protect(old, {}, self.RANKS))
+        node.order(Protect(new, {}, self.RANKS))
+        node.do(ev.ManifestNotKept(id, "no space left"))
+        assert node.lifecycle.manifests[id] == old
+        assert ev.KeepManifest(new) in node.order(Protect(new, {}, self.RANKS)), "another try"
+
     def test_no_memory_for_it_is_said(self) -> None:
         node, id = self.holder(limit_bytes=15)
         (failed,) = reports(node.order(Protect(manifest_of(id), {}, self.RANKS)), SnapshotFailed)
