@@ -119,10 +119,12 @@ def struck(fault: str, target: Target, percent: int) -> Iterator[None]:
         yield
     finally:
         over.set()
-        if thread.ident is not None:
-            thread.join()
-        with contextlib.suppress(ProcessLookupError):
-            target.signal(signal.SIGCONT)
+        try:
+            if thread.ident is not None:
+                thread.join()
+        finally:  # an impatient person may interrupt that, too
+            with contextlib.suppress(ProcessLookupError):
+                target.signal(signal.SIGCONT)
 
 
 def hold(

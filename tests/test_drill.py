@@ -1,9 +1,15 @@
 """What the drill hears of a job in the coordinator's status."""
 
+import os
+import signal
+import threading
 from math import inf
 from typing import Any
 
+import pytest
+
 from ckptd.cli.drill_ear import Ear
+from ckptd.cli.drill_job import SLOW_DOWN, Target, struck
 from ckptd.coordinator.diagnosis.score import Expected
 
 STRUCK_AT = 1000.0
@@ -93,3 +99,25 @@ def test_who_died_first_is_the_one() -> None:
     heard.listen(status([], [], *leaves))
     (said,) = heard.said
     assert (said.kind, said.ranks, said.after_s) == (DIED, (2,), 2.0)
+
+
+def test_a_rank_goes_on_even_if_the_end_of_its_fault_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    main, sent = threading.get_ident(), list[int]()
+
+    def send(target: Target, number: int) -> None:
+        if threading.get_ident() == main:
+            sent.append(number)
+
+    real_join = threading.Thread.join
+
+    def join(thread: threading.Thread) -> None:
+        real_join(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Target, "signal", send)
+    target = Target("job", 0, "a", os.getpid(), 0)
+    with pytest.raises(KeyboardInterrupt), struck(SLOW_DOWN, target, 50):
+        monkeypatch.setattr(threading.Thread, "join", join)
+    assert sent == [signal.SIGCONT]
