@@ -16,6 +16,7 @@ import structlog
 from ckptd.agent import witness
 from ckptd.agent.cells import Peers
 from ckptd.agent.diagnosis import Diagnosis
+from ckptd.agent.watcher import SetClock
 from ckptd.collectives import GroupInfo
 from ckptd.sketches import Aggregator, Sketch
 from ckptd.watching import Introduction, Observed, started_ticks
@@ -91,12 +92,14 @@ class Sketcher:
 
     def __init__(self, node: str) -> None:
         self._node = node
+        self._clock = SetClock()
         self._lives: dict[Run, _Life] = {}
         self._groups: dict[tuple[str, int], tuple[GroupInfo, ...]] = {}
         """What each rank of a job has told last: it tells only changes, and not for each life."""
 
     def add(self, observed: Observed) -> None:
         """Take in what a source has seen."""
+        self._heed_clock()
         run = observed.job, observed.life
         rank = observed.job, observed.rank
         if observed.groups:
@@ -130,6 +133,7 @@ class Sketcher:
 
         A life in which nothing moves, and nothing looks `wrong`, is told of less often.
         """
+        self._heed_clock()
         found = []
         for run in [run for run in self._lives if run not in live]:
             del self._lives[run]
@@ -140,6 +144,11 @@ class Sketcher:
             found.append(life.aggregator.sketch(at, life.whole))
             life.moved, life.whole, life.sent_at = False, False, at
         return found
+
+    def _heed_clock(self) -> None:
+        if by_s := self._clock.set_by_s():
+            for life in self._lives.values():
+                life.aggregator.shift(by_s)
 
 
 class Reports:

@@ -65,6 +65,19 @@ class Pace:
     """Most of a trainer's time that its answers may take."""
 
 
+class SetClock:
+    """Notices that the clock of this node was set."""
+
+    def __init__(self) -> None:
+        self._ahead_s = time.time() - time.monotonic()
+
+    def set_by_s(self) -> float:
+        """By how much it was set since this was last asked; 0.0: it was not."""
+        ahead_s = time.time() - time.monotonic()
+        by_s, self._ahead_s = ahead_s - self._ahead_s, ahead_s
+        return by_s if abs(by_s) >= _CLOCK_SET_S else 0.0
+
+
 @dataclass(slots=True)
 class TrainerView:
     """What is seen of one trainer."""
@@ -182,7 +195,7 @@ class _Trainer:
         self._moved = time.time()
         self._counters: object = None
         self._due = 0.0
-        self._clock_s = time.time() - time.monotonic()
+        self._clock = SetClock()
 
     async def follow(self, hurried: Callable[[], bool]) -> None:
         """Read, deliver, wait; until the process is dead."""
@@ -212,9 +225,8 @@ class _Trainer:
 
     def _heed_clock(self) -> None:
         """If the clock was set, all times that are remembered move with it."""
-        clock_s = time.time() - time.monotonic()
-        by_s, self._clock_s = clock_s - self._clock_s, clock_s
-        if abs(by_s) < _CLOCK_SET_S:
+        by_s = self._clock.set_by_s()
+        if not by_s:
             return
         log.warning("the clock was set", by_s=round(by_s, 3))
         self._due += by_s

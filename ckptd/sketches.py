@@ -186,6 +186,10 @@ class Aggregator:
         track = self._track(record)
         if track is None:
             return
+        known = track.open.get(record.seq)
+        if known is not None and known.entered_at != record.entered_at:
+            # Its end is told with the time of its entry: before the clock was set.
+            record = msgspec.structs.replace(record, entered_at=known.entered_at)
         self._resolution_s = max(self._resolution_s, record.resolution_s)
         self._note_sign(record)
         if record.seq > track.recorded:
@@ -205,6 +209,18 @@ class Aggregator:
     def read(self, rank: int, at: float) -> None:
         """All that a rank had entered before `at`, epoch seconds, has been added."""
         self._signs.setdefault(rank, _Signs()).read_at = at
+
+    def shift(self, by_s: float) -> None:
+        """The clock was set by so much, and all times that are remembered move with it."""
+        for signs in self._signs.values():
+            signs.last_at += by_s
+            signs.read_at += by_s
+        for track in self._tracks.values():
+            track.open = {seq: _shifted(record, by_s) for seq, record in track.open.items()}
+            track.done = deque((_shifted(r, by_s) for r in track.done), track.done.maxlen)
+        for meetings in self._meetings.values():
+            for seq, meeting in meetings.items():
+                meetings[seq] = {rank: at + by_s for rank, at in meeting.items()}
 
     def position(self, group: str, rank: int, entered: int, ended: int) -> None:
         """What the group's own status says: cheaper than records, and so more often asked."""
@@ -353,6 +369,10 @@ def pair_name(group: str, source: int, destination: int) -> str:
 def _oldest_s(track: _Track, at: float) -> float:
     """How long ago the first operation was entered that has not ended; NaN if there is none."""
     return at - track.open[min(track.open)].entered_at if track.open else nan
+
+
+def _shifted(record: Collective, by_s: float) -> Collective:
+    return msgspec.structs.replace(record, entered_at=record.entered_at + by_s)
 
 
 def _larger(known: float, value: float) -> float:

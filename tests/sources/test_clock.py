@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from ckptd.agent import watcher
 from ckptd.agent.reports import Sketcher
 from ckptd.agent.watcher import Pace, Watcher
-from ckptd.collectives import Collective
+from ckptd.collectives import Collective, GroupInfo
 from ckptd.watching import Introduction, Observed, publish, started_ticks
 
 HOUR_S = 3600.0
@@ -53,6 +54,33 @@ def test_they_are_watched_as_before(
         await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(watch())
+
+
+@pytest.mark.parametrize("by_s", [-HOUR_S, HOUR_S])
+def test_a_rank_was_silent_for_as_long_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, by_s: float
+) -> None:
+    clock = SimpleNamespace(time=lambda: now, monotonic=lambda: up)
+    monkeypatch.setattr(watcher, "time", clock)
+    now, up = 2 * HOUR_S, 50.0
+    sketcher, run = Sketcher("a"), ("job", 1)
+    groups = (GroupInfo("g", (0, 1), "gloo"),)
+
+    def tell(*records: Collective) -> None:
+        sketcher.add(Observed("job", 0, 1, "recorder", now, records, (), groups, 0))
+
+    ended = Collective("g", 1, "all_reduce", 64, 0, now, 1e-6, True, 0.5)
+    hangs = Collective("g", 2, "all_reduce", 64, 0, now + 1.0, 1e-6)
+    tell(ended, hangs)
+    sketcher.sketches(now + 1.0, {run}, ())
+    now, up = now + 61.0 + by_s, up + 61.0
+    tell()
+    (sketch,) = sketcher.sketches(now, {run}, {run})
+    assert (sketch.still_s, sketch.waiting_s, sketch.read_s) == ((60.0,), (60.0,), (0.0,))
+    tell(msgspec.structs.replace(hangs, ended=True, duration_s=60.0))
+    (sketch,) = sketcher.sketches(now, {run}, ())
+    assert (sketch.still_s, sketch.gap_s) == ((0.0,), 60.0)
+    assert sketch.samples.entered_s == (60.0,)
 
 
 def test_what_does_not_move_is_still_told() -> None:
