@@ -535,13 +535,15 @@ class Coordinator:
         return least_s(self.settings.beat_s, self.settings.lease_s)
 
     def _suspect(self, now: float) -> None:
+        found = False
         for name, node in self.nodes.items():
             if node.live and not node.suspect and now >= self._silence_ends_at(node):
-                node.suspect = True
+                node.suspect = found = True
                 text = f"{name} is suspect: silent for {now - node.last_seen:.1f} s"
                 self._event(now, "node_suspect", "", text, node=name)
-                for job in self.jobs.values():
-                    self._hasten(job, now)
+        if found:
+            for job in self.jobs.values():
+                self._hasten(job, now)
 
     def _silence_ends_at(self, node: Node) -> float:
         """When a live node that is still silent becomes suspect, or lost if it is suspect."""
@@ -1049,7 +1051,11 @@ class Coordinator:
         if snapshot.state is not State.SEALED:
             return
         if snapshot.manifest is None and self._goes_on(job, snapshot.id):
-            snapshot.manifest = self._build_manifest(job, snapshot, held.holdings)
+            try:
+                snapshot.manifest = self._build_manifest(job, snapshot, held.holdings)
+            except ValueError as error:  # what agents report makes more cells than are possible
+                self._end(job, snapshot, State.DROPPED, str(error), now)
+                return
             if any(group.parity_shards for group in snapshot.manifest.groups):
                 self._order_protect(job, snapshot, now)
                 self._hasten(job, now)
@@ -1261,10 +1267,10 @@ class Coordinator:
         if not unsafe:
             return
         newest = max(unsafe, key=lambda snapshot: snapshot.id)
-        doubtful = {name for name, node in self.nodes.items() if node.live and node.suspect}
-        doubtful |= self.supervisors.suspects_of(job.name)
         if newest.hastened or newest.manifest is None:
             return
+        doubtful = {name for name, node in self.nodes.items() if node.live and node.suspect}
+        doubtful |= self.supervisors.suspects_of(job.name)
         for group in newest.manifest.groups:
             names = [member.node for member in group.members]
             if group.parity_shards and doubtful.intersection(names):

@@ -10,7 +10,7 @@ from ckptd.coordinator.decider import Settings
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status
-from ckptd.manifest import Ancestor, Extent, JobRecord
+from ckptd.manifest import CELLS_LIMIT, Ancestor, Extent, JobRecord
 from ckptd.wire import (
     Activate,
     AskResumeFor,
@@ -479,6 +479,20 @@ class TestProtectAndCommit:
         cluster.protect(cluster.tickets("a")[-1])
         for name in "ab":
             assert branch in [m.id for m in cluster.told(name, Drop) if isinstance(m, Drop)]
+
+    def test_more_cells_than_are_possible_drop_the_snapshot_and_say_why(self) -> None:
+        cluster = trained("a", "b")
+        id = cluster.tickets("a")[0]
+        cluster.take(0, id)
+        huge = (Extent(0, cluster.settings.cell_bytes * (CELLS_LIMIT + 1)),)
+        cluster.say("a", Holds(Holding(id, 2, huge, False, None)))
+        cluster.take(1, id)
+        cluster.seal(1, id)
+        assert id not in cluster.coordinator.jobs[JOB].snapshots
+        (drop,) = (m for m in cluster.told("a", Drop) if isinstance(m, Drop) and m.id == id)
+        assert "choose a larger --cell-size" in drop.reason
+        cluster.say("b", Holds(cluster.nodes["b"].holdings[id]))
+        assert cluster.told("b", Drop)[-1] == drop, "said again, it is dropped again"
 
     def test_one_node_has_no_group_and_still_frees_what_is_old(self) -> None:
         cluster = trained("a")

@@ -110,6 +110,15 @@ class TestSuspects:
         cluster.pass_time(3 * cluster.settings.beat_s, silent=["b"])
         assert cluster.told("a", Hasten) == [Hasten(id)], "once is enough"
 
+    def test_nodes_that_fall_silent_together_are_all_named(self) -> None:
+        cluster = trained("a", "b", "c", "d")
+        id = max(cluster.coordinator.jobs[JOB].snapshots)
+        cluster.seal_all(id)
+        cluster.pass_time(3 * cluster.settings.beat_s, silent=["b", "c"])
+        assert cluster.told("a", Hasten) == [Hasten(id)]
+        (text,) = (e.text for e in cluster.coordinator.events if e.kind == "protected_first")
+        assert text == f"{id} is protected first: b, c may be lost"
+
     def test_and_so_is_that_of_a_node_whose_rank_may_hang(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
