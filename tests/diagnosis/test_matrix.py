@@ -66,6 +66,20 @@ def test_small_transfers_and_odd_numbers_are_left_out() -> None:
     assert matrix.delays() == {}
 
 
+def test_a_delay_that_cannot_be_is_no_measure_of_the_usual_one() -> None:
+    matrix = measured({})
+    before = matrix.delays()
+    for pair in before:
+        matrix.observe(*pair, 1 << 40, 1e-310)
+        matrix.observe(*pair, CELL, 5e-324)
+    assert matrix.delays() == before
+    odd = DelayMatrix()
+    for number, source in enumerate("abc"):
+        odd.observe(source, "d", CELL if number else 1 << 40, 1.0 if number else 1e-310)
+        odd.observe(source, "e", 1 << 40, 1e-310)
+    assert odd.hot() == []
+
+
 @given(st.integers(1, 40), st.integers(0, 10))
 def test_probes_are_bounded_and_reach_every_suspect(count: int, others: int) -> None:
     suspects = [f"s{i}" for i in range(count)]

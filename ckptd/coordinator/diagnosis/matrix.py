@@ -15,6 +15,7 @@ from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Scope
 
 NETWORK = "the agents' network"
 _AS_GOOD_AS_DEAD = 1000.0
+_FASTEST_S_PER_GIB = 1e-6  # no network comes near it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class DelayMatrix:
         if source == destination or not (size_bytes >= self.limits.small_bytes and seconds > 0):
             return
         delay = seconds / size_bytes * (1 << 30) if isfinite(seconds) else inf
+        if delay < _FASTEST_S_PER_GIB:
+            return
         kept = self._delays.setdefault((source, destination), deque(maxlen=self.limits.kept))
         kept.append(min(delay, self.limits.failed_s_per_gib))
 
