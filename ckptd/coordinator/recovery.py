@@ -1,13 +1,16 @@
 """What can be restored from the cells that live nodes report. Pure functions."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb
 
 from ckptd.manifest import Group, JobManifest
 from ckptd.wire import Holding, Source
 
 RANKS_NAMED = 8
+_TRIED = 500  # sets of nodes: some milliseconds
 
 Holdings = Mapping[str, Holding]  # node to what it holds of one snapshot; live nodes only
 
@@ -101,34 +104,52 @@ def has_all_parity(manifest: JobManifest | None, holdings: Holdings) -> bool:
 def margin(manifest: JobManifest | None, holdings: Holdings) -> int:
     """How many more nodes of each group may surely be lost, whichever they are.
 
-    Copies count, wherever they are; but no more losses than there is parity for.
+    Copies count, wherever they are; but no more losses than there is parity for. Where data has
+    moved away from the parity of its place, and the group is large, the truth may be more: only
+    a search through all sets of nodes could tell.
     """
     if manifest is None:
         return 0
-    held = rank_holders(holdings)
+    held = {rank: frozenset(nodes) for rank, nodes in rank_holders(holdings).items()}
     return min((_margin(group, held, holdings) for group in manifest.groups), default=0)
 
 
-def _margin(group: Group, held: Mapping[int, tuple[str, ...]], holdings: Holdings) -> int:
-    ranks = [extent.rank for member in group.members for extent in member.extents]
-    nodes = {member.node for member in group.members}
-    nodes.update(*(held.get(rank, ()) for rank in ranks))
-    for losses in range(1, group.parity_shards + 1):
-        for lost in combinations(sorted(nodes), losses):
-            if not _survives(group, held, holdings, lost):
-                return losses - 1
-    return group.parity_shards
+def _margin(group: Group, held: Mapping[int, frozenset[str]], holdings: Holdings) -> int:
+    copies = [
+        {held.get(extent.rank, frozenset[str]()) for extent in member.extents}
+        for member in group.members
+    ]
+    takes: Counter[str] = Counter()
+    """By node, twice the number of members with data and parity that its loss takes, at most."""
+    left, moved = 0, False
+    for member, places in zip(group.members, copies, strict=True):
+        if all(places) and member.node in holdings and holdings[member.node].parity:
+            left += 1
+            takes[member.node] += 2
+            others = _takes(member.node, places)
+            takes.update(others)
+            moved |= bool(others)
+    spare = left - group.data_shards
+    # Data is gone with all nodes of one of these; nothing rebuilds it once too few are left.
+    losses = (_losses(nodes, takes, spare) for nodes in set().union(*copies))
+    sure = max(0, min([group.parity_shards, *(number - 1 for number in losses)]))
+    nodes = sorted(set(takes).union(*(nodes for places in copies for nodes in places)))
+    while moved and sure < group.parity_shards and comb(len(nodes), sure + 1) <= _TRIED:
+        if not all(_survives(group, held, holdings, t) for t in combinations(nodes, sure + 1)):
+            break
+        sure += 1
+    return sure
 
 
 def _survives(
     group: Group,
-    held: Mapping[int, tuple[str, ...]],
+    held: Mapping[int, frozenset[str]],
     holdings: Holdings,
     lost: tuple[str, ...],
 ) -> bool:
     """Whether all data is left, or data and parity of as many members as the code needs."""
     whole = [
-        all(set(held.get(extent.rank, ())).difference(lost) for extent in member.extents)
+        all(held.get(extent.rank, frozenset()).difference(lost) for extent in member.extents)
         for member in group.members
     ]
     left = (
@@ -139,6 +160,29 @@ def _survives(
         for data, member in zip(whole, group.members, strict=True)
     )
     return all(whole) or sum(left) >= group.data_shards
+
+
+def _takes(place: str, copies: Iterable[frozenset[str]]) -> dict[str, int]:
+    """What other nodes take of a member's data: twice all of it, or half of that if one of many."""
+    found: dict[str, int] = {}
+    for nodes in copies:
+        if place not in nodes:
+            for node in nodes:
+                found[node] = max(found.get(node, 0), 2 if len(nodes) == 1 else 1)
+    return found
+
+
+def _losses(nodes: frozenset[str], takes: Counter[str], spare: int) -> int:
+    """The fewest losses, of these nodes among others, that take more than `spare` members."""
+    gone = sum(takes[node] for node in nodes)
+    losses = len(nodes)
+    for node, number in takes.most_common():
+        if gone >= 2 * (spare + 1):
+            break
+        if node not in nodes:
+            gone += number
+            losses += 1
+    return losses
 
 
 def source(manifest: JobManifest | None, holdings: Holdings, cells: Mapping[str, str]) -> Source:

@@ -212,7 +212,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
         "restorable": verdict.restorable and not partial,
         "given_up": given_up,
         "tiers": [] if partial else list(verdict.tiers),
-        "may_lose": 0 if partial else _may_lose(coordinator, snapshot),
+        "may_lose": 0 if partial else recovery.margin(snapshot.manifest, holdings),
         "ranks_on": {
             str(rank): list(nodes) for rank, nodes in recovery.rank_holders(holdings).items()
         },
@@ -270,25 +270,6 @@ def _again(coordinator: Coordinator, snapshot: Snapshot) -> dict[str, Any] | Non
             *(f"{node} cannot make it: {why}" for node, why in sorted(snapshot.unable.items())),
         ],
     }
-
-
-def _may_lose(coordinator: Coordinator, snapshot: Snapshot) -> int:
-    """How many more nodes, whichever they are, the snapshot certainly survives."""
-    manifest = snapshot.manifest
-    if manifest is None:
-        return 0
-    holdings = coordinator.live_holdings(snapshot.id)
-    held = recovery.rank_holders(holdings)
-    return min(
-        group.parity_shards
-        - sum(
-            member.node not in holdings
-            or not holdings[member.node].parity
-            or any(extent.rank not in held for extent in member.extents)
-            for member in group.members
-        )
-        for group in manifest.groups
-    )
 
 
 def _groups(coordinator: Coordinator, job: Job) -> list[dict[str, Any]]:

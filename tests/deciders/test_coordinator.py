@@ -494,6 +494,16 @@ class TestProtectAndCommit:
         cluster.say("b", Holds(cluster.nodes["b"].holdings[id]))
         assert cluster.told("b", Drop)[-1] == drop, "said again, it is dropped again"
 
+    def test_status_counts_copies_as_what_is_kept_does(self) -> None:
+        cluster = trained("a", "b")
+        id = cluster.tickets("a")[0]
+        cluster.seal_all(id)
+        for name in ("a", "b"):
+            cluster.bring(name, id, 0, 1)
+        (job,) = status(cluster.coordinator, cluster.now, 0.0)["jobs"]
+        (shown,) = (each for each in job["snapshots"] if each["id"] == str(id))
+        assert (shown["state"], shown["may_lose"]) == ("sealed", 1)
+
     def test_one_node_has_no_group_and_still_frees_what_is_old(self) -> None:
         cluster = trained("a")
         first = cluster.tickets("a")[0]

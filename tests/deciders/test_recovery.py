@@ -3,6 +3,8 @@
 from itertools import combinations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ckptd.coordinator import recovery
 from ckptd.manifest import Extent, Group, JobManifest, Member
@@ -55,3 +57,55 @@ def test_margin(where: Where, margin: int) -> None:
 
 def test_nothing_is_known_to_survive_without_a_manifest() -> None:
     assert recovery.margin(None, holdings_of({"a": ("0123", False)})) == 0
+
+
+def slow_margin(where: Where, parity_shards: int) -> int:
+    """By trying all losses."""
+    members = [(str(rank), name) for rank, name in enumerate(NAMES)]
+
+    def survives(lost: tuple[str, ...]) -> bool:
+        held = set("".join(ranks for name, (ranks, _) in where.items() if name not in lost))
+        parity = {name for name, (_, parity) in where.items() if parity and name not in lost}
+        whole = sum(rank in held and name in parity for rank, name in members)
+        return held.issuperset("0123") or whole >= len(NAMES) - parity_shards
+
+    for losses in range(1, parity_shards + 1):
+        if not all(survives(lost) for lost in combinations(sorted({*NAMES, *where}), losses)):
+            return losses - 1
+    return parity_shards
+
+
+RANKS = st.sets(st.sampled_from("0123")).map(lambda ranks: "".join(sorted(ranks)))
+HELD = st.dictionaries(st.sampled_from("abcdxyz"), st.tuples(RANKS, st.booleans()))
+
+
+@given(HELD, st.integers(1, 3))
+def test_the_margin_is_what_trying_all_losses_finds(where: Where, parity_shards: int) -> None:
+    found = recovery.margin(manifest_of(parity_shards), holdings_of(where))
+    assert found == slow_margin(where, parity_shards)
+
+
+@given(HELD, st.integers(1, 3))
+def test_without_a_search_it_is_never_more_and_the_same_at_home(where: Where, m: int) -> None:
+    home = {
+        name: (ranks + str(NAMES.index(name)) if name in NAMES else ranks, parity)
+        for name, (ranks, parity) in where.items()
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recovery, "_TRIED", 0)
+        assert recovery.margin(manifest_of(m), holdings_of(where)) <= slow_margin(where, m)
+        assert recovery.margin(manifest_of(m), holdings_of(home)) == slow_margin(home, m)
+
+
+def test_a_large_group_takes_no_search() -> None:
+    """Half of the ranks have a second copy; trying all losses of 32 of 128 would never end."""
+    names = [f"n{number:03}" for number in range(128)]
+    members = tuple(Member(n, (Extent(r, SIZE_BYTES),)) for r, n in enumerate(names))
+    manifest = JobManifest(ID, len(names), (Group(members, 32),), "zfec", 4, ())
+    holdings = {
+        name: Holding(ID, 128, tuple(Extent(r, SIZE_BYTES) for r in {rank, rank & ~1}), True)
+        for rank, name in enumerate(names)
+    }
+    assert recovery.margin(manifest, holdings) == 32
+    del holdings["n001"]
+    assert recovery.margin(manifest, holdings) == 31

@@ -56,8 +56,6 @@ class Probing:
 
     def narrowed(self) -> Finding:
         """The finding, with what was measured."""
-        if not self._sources:
-            return self.finding
         if len(self._matrix.delays()) < _PAIRS_MIN:
             note = f"too few pairs of {NETWORK} could be measured"
             return replace(self.finding, evidence={**self.finding.evidence, "matrix": note})
