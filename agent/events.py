@@ -61,6 +61,11 @@ class TermNotKept:
 
 
 @dataclass(frozen=True, slots=True)
+class EntriesKept:
+    """All entries that were ever to be kept are in the log now."""
+
+
+@dataclass(frozen=True, slots=True)
 class FromLocal:
     """A message over the Unix socket, from a trainer or a launcher."""
 
@@ -204,6 +209,7 @@ Event = (
     | Disconnected
     | FromCoordinator
     | TermNotKept
+    | EntriesKept
     | ManifestNotKept
     | FromLocal
     | LocalGone
@@ -290,7 +296,7 @@ class KeepTerm:
 
 @dataclass(frozen=True, slots=True)
 class KeepEntries:
-    """Add these to the log."""
+    """Add these to the log. Answered by EntriesKept, later if there is no room now."""
 
     entries: tuple[Entry, ...]
 

@@ -232,6 +232,8 @@ class Lifecycle:
         self.journal = Journal()
         """What this agent keeps of what the coordinators have said."""
         self.journal.merge(adopted.entries)
+        self._stored = self.journal.summary
+        """Of the journal when all of it was stored last."""
         self._beat_at = now
         self._waiting_at = now
         self._numbers = itertools.count(1)
@@ -286,6 +288,9 @@ class Lifecycle:
             case ev.TermNotKept():
                 self.term, self._term_since = self._term_before
                 self._problem(f"orders are not obeyed: the term cannot be stored: {event.reason}")
+            case ev.EntriesKept():
+                self._stored = self.journal.summary
+                self._report(Kept(self._stored))
             case ev.ManifestNotKept():
                 self._restore_manifest(event.id)
                 self._encode_failed(ev.EncodeFailed(event.id, event.reason))
@@ -444,7 +449,8 @@ class Lifecycle:
                 news = self.journal.merge(message.entries)
                 if news:
                     self._do(ev.KeepEntries(tuple(news)))
-                self._report(Kept(self.journal.summary))
+                else:
+                    self._report(Kept(self._stored))
             case Dismiss() as message:
                 self.dismissed = message.reason
                 self._problem(f"refused by the coordinator: {message.reason}")
@@ -512,7 +518,7 @@ class Lifecycle:
                 problems=tuple(self.problems),
                 spare_bytes=self.spare_bytes,
                 obeyed=self._obeyed(now),
-                log=self.journal.summary,
+                log=self._stored,
             )
         )
 

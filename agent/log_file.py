@@ -87,10 +87,12 @@ class LogFile:
         if size_bytes > self._compact_bytes:
             self._rewrite()
 
-    def catch_up(self) -> None:
-        """Write what there was no room for. Raises OSError if there still is none."""
-        if self._behind:
-            self._rewrite()
+    def catch_up(self) -> bool:
+        """Write what there was no room for, if so. Raises OSError if there still is none."""
+        if not self._behind:
+            return False
+        self._rewrite()
+        return True
 
     def _rewrite(self) -> None:
         content = b"".join(map(_record, self._journal.entries))

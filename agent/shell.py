@@ -262,7 +262,8 @@ class Agent:
             for action in self._lifecycle.tick(monotonic()):
                 self._carry_out(action)
             with contextlib.suppress(OSError):  # it was said when it could not be written first
-                self._store.log.catch_up()
+                if self._store.log.catch_up():
+                    self._handle(ev.EntriesKept())
             self._wake.clear()
             delay = self._lifecycle.next_deadline() - monotonic()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -402,6 +403,7 @@ class Agent:
                 self._store.keep_term(action.kept)
             case ev.KeepEntries():
                 self._store.log.append(action.entries)
+                self._handle(ev.EntriesKept())
             case ev.KeepRecord():
                 self._store.keep_record(action.record)
             case ev.KeepManifest():

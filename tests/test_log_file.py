@@ -153,8 +153,9 @@ def test_what_there_was_no_room_for_can_be_written_without_news(
     with pytest.raises(OSError, match="No space left"):
         log.append(ENTRIES)
     disk.left_bytes = 1 << 20
-    log.catch_up()
+    assert log.catch_up()
     assert read(path) == (ENTRIES, [])
+    assert not log.catch_up(), "there was nothing left to write"
 
 
 def test_no_room_to_write_it_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

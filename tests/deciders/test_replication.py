@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from ckptd import journal as journals
+from ckptd.agent import events as ev
 from ckptd.coordinator.decider import Coordinator
 from ckptd.coordinator.replication import Replication
 from ckptd.coordinator.view import status
@@ -160,6 +161,21 @@ class TestWholeClusters:
         assert entry.term == 1
         assert {node.journal.entries for node in place.nodes.values()} == {(entry,)}
         assert status(first.decider, place.now, 0.0)["coordinator"]["log_entries"] == 1
+
+    def test_what_could_not_be_stored_is_kept_once_it_is(self, place: Place) -> None:
+        first, node = place.coordinator("c1", FIRST), place.nodes["a"]
+        node.full = True
+        entry = first.decider.say(A_OUT, place.now)
+        first.send(first.decider.take_actions())
+        assert first.decider.forgetful == ("a",)
+        node.feed(ev.FromCoordinator(KeepEntries((entry,)), 1, "c1"))
+        assert first.decider.forgetful == ("a",), "it knows the entry, and has not stored it"
+        place.move(first, "a")
+        assert first.decider.forgetful == ("a",)
+        node.full = False
+        node.journal.merge([entry])
+        node.feed(ev.EntriesKept())
+        assert first.decider.forgetful == ()
 
     def test_the_next_coordinator_knows_it(self, place: Place) -> None:
         first = place.coordinator("c1", FIRST)

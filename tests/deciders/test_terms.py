@@ -68,8 +68,11 @@ class Node:
                         return
                     self.stored.append(kept.term)
                     self.term = kept
+                case ev.KeepEntries() if self.full:
+                    return
                 case ev.KeepEntries(entries):
                     self.journal.merge(entries)
+                    self.feed(ev.EntriesKept())
                 case ev.Report(message):
                     self.stored.append(message)
                     if self.coordinator is not None:

@@ -296,6 +296,7 @@ class Machine:
                 disk.term = kept
             case ev.KeepEntries(entries):
                 disk.journal.merge(entries)
+                self.feed(ev.EntriesKept())
             case ev.KeepRecord(record):
                 disk.records[record.job] = record
             case ev.KeepManifest(manifest):

@@ -136,6 +136,7 @@ def test_training_goes_on_and_what_is_protected_stays(here: Small) -> None:
     after = here.wait_for_protected(here.wait_for_protected())
     assert after.life == before.life
     here.wait("n1 to keep the order", lambda: here.kept("n1") == here.kept("n0"))
+    give_order(here.endpoint, here.key, SetQuota(JOB, QUOTA_BYTES))
     newest = here.rest()
     here.train()
     assert here.wait_for_start() == newest

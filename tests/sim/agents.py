@@ -245,6 +245,7 @@ class Agent:
                 self.disk.term = kept
             case ev.KeepEntries(entries):
                 self.disk.log.merge(entries)
+                self.feed(ev.EntriesKept())
             case ev.KeepRecord(record):
                 self.disk.records[record.job] = record
             case ev.KeepManifest(manifest):

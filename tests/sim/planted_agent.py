@@ -9,7 +9,7 @@ from ckptd.agent.lifecycle import Lifecycle, Slot, Use
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobRecord
 from ckptd.terms import Term
-from ckptd.wire import Attach, Commit, Holds, Protect, Welcome
+from ckptd.wire import Attach, Commit, Holds, Kept, Protect, Welcome
 
 
 class IgnoresTheLife(Lifecycle):
@@ -123,4 +123,8 @@ class StoresNoEntries(Lifecycle):
 
     def _from_coordinator(self, event: ev.FromCoordinator, now: float) -> None:
         super()._from_coordinator(event, now)
-        self._out = [action for action in self._out if not isinstance(action, ev.KeepEntries)]
+        others = [action for action in self._out if not isinstance(action, ev.KeepEntries)]
+        if others != self._out:
+            self._out = others
+            self._stored = self.journal.summary
+            self._report(Kept(self._stored))
