@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import psutil
 import pytest
+from msgspec.structs import replace as change
 
 from ckptd.agent.reports import end_launcher
 from ckptd.config import watch_config
@@ -77,6 +78,35 @@ def test_kubernetes_cordons_before_it_deletes_and_kills_the_others() -> None:
     assert (said, made.kills) == ([cordon, *pods[1:]], True)
     said, made = planned(KUBERNETES, PODS, isolate=("n1",), elastic=False)
     assert (said, made.kills) == ([cordon, *pods], False)
+
+
+def test_where_one_node_cannot_be_taken_out_none_is_and_the_job_starts_anew() -> None:
+    one_job = {rank: change(place, slurm_node="") for rank, place in SLURM_PLACES.items()}
+    halves = {0: SLURM_PLACES[0], 1: one_job[1], 2: one_job[2]}
+    said, made = planned(SLURM, halves, isolate=("n0", "n1"), elastic=False)
+    assert (said, made.kills) == (["scontrol requeue 77"], False)
+    assert "trainers on n1 have not said their Slurm node" in made.problem
+    said, made = planned(SLURM, halves, isolate=("n0", "n1"))
+    assert (said, made.kills, made.stops_launchers) == ([], True, False)
+    said, made = planned(SLURM, one_job, isolate=("n1",), spares=1)
+    assert (said, made.kills, made.stops_launchers) == ([], True, True), "its launcher can be ended"
+    unnamed = {rank: change(place, slurm_job="") for rank, place in SLURM_PLACES.items()}
+    said, made = planned(SLURM, unnamed, isolate=("n1",))
+    assert (said, made.kills, made.stops_launchers) == ([], True, False)
+    hidden = {**PODS, 0: change(PODS[0], pod="")}
+    said, made = planned(KUBERNETES, hidden, isolate=("n0", "n1"))
+    assert (said, made.kills) == ([], True)
+    assert "trainers on n0 have not said their pod" in made.problem
+
+
+def test_no_more_nodes_are_drained_than_were_to_be_taken_out() -> None:
+    for actuator, places in (
+        (SLURM, {**SLURM_PLACES, 2: Place(slurm_job="77", slurm_node="s-other")}),
+        (KUBERNETES, {**PODS, 2: change(PODS[2], kubernetes_node="k-other")}),
+    ):
+        said, made = planned(actuator, places, isolate=("n1",))
+        assert (said, made.kills) == ([], True)
+        assert "or more than one" in made.problem
 
 
 @pytest.mark.parametrize("name", ["-all", "n[1-9]", "a,b", "ALL nodes", "", "../x"])

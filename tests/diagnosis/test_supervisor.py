@@ -7,7 +7,7 @@ import pytest
 
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.coordinator.diagnosis import Thresholds
-from ckptd.coordinator.diagnosis.actuators import SLURM, Actuator
+from ckptd.coordinator.diagnosis.actuators import KUBERNETES, SLURM, Actuator
 from ckptd.coordinator.diagnosis.supervisor import (
     ISOLATE,
     OBSERVE,
@@ -64,6 +64,9 @@ class Job:
     """Since when rank 1 says that it evaluates."""
     spares: int = 0
     actuator: str = "torchrun"
+    places: dict[int, Place] = field(
+        default_factory=lambda: {rank: Place("77", f"s{rank}") for rank in (0, 1)}
+    )
     runs: list[Run] = field(default_factory=list)
     journal: Journal = field(default_factory=Journal)
     notes: list[Note] = field(default_factory=list)
@@ -139,9 +142,8 @@ class Job:
                 answer = Looked(JOB, order.life, order.finding, looks)
                 self.all.heard(action.node, answer, self.now)
             case Collect() as order:
-                places = {rank: Place("77", f"s{rank}") for rank in (0, 1)}  # one is not its own
-                path = f"/folder/{action.node}"
-                folder = Collected(JOB, order.life, order.incident, path, "", places)
+                path = f"/folder/{action.node}"  # and places, of which one is not its own
+                folder = Collected(JOB, order.life, order.incident, path, "", self.places)
                 self.all.heard(action.node, folder, self.now)
             case Probe() as order:
                 took = tuple(Transfer(node, 1, 1 << 20, 0.01) for node in order.cells)
@@ -327,26 +329,64 @@ def test_what_has_no_launcher_is_left_to_the_scheduler() -> None:
     assert job.kinds() == ["hang_suspected", "restart_ordered", "actuated", "restarted"]
 
 
-def test_where_the_scheduler_fails_the_launchers_do_what_they_can() -> None:
-    job = Job(ISOLATE, actuator=SLURM)
+def at_fault_twice(job: Job) -> None:
+    """Its node is to be taken out then."""
     job.run(60)
     job.run(40, hung=True)
-    assert job.runs == []
     job.resume(job.step, job.now)
     job.run(60)
-    before = len(job.ordered(KillWorkers))
     job.run(40, hung=True)
+
+
+def test_where_the_scheduler_fails_the_launchers_do_what_they_can() -> None:
+    job = Job(ISOLATE, actuator=SLURM)
+    at_fault_twice(job)
+    before = len(job.ordered(KillWorkers))
     (run,) = job.runs
     first, second = map(str, run.programs)
     assert first.startswith("scontrol update NodeName=s1 State=DRAIN")
     assert second == "scontrol requeue 77"
-    assert len(job.ordered(KillWorkers)) == before
     job.all.ran(run.incident, first, "Slurm is not there", job.now)
     job.tick()
     assert len(job.ordered(KillWorkers)) == before + 2
-    assert job.kinds()[-2:] == ["actuator_failed", "node_readmitted"]
-    assert not job.kept(Isolated)[-1].isolated, "its ranks would wait for ever"
+    assert job.kinds()[-1] == "actuator_failed"
+    assert job.kept(Isolated) == [], "its ranks would wait for ever"
     assert "Slurm is not there" in job.all.records[run.incident].timeline[-1][1]
+
+
+def test_a_node_is_marked_once_all_programs_have_taken_it_out() -> None:
+    """A coordinator that ends meanwhile leaves none that its successor knows nothing of."""
+    job = Job(ISOLATE, actuator=SLURM)
+    at_fault_twice(job)
+    (run,) = job.runs
+    first, second = map(str, run.programs)
+    job.all.ran(run.incident, first, "", job.now)
+    job.tick()
+    assert job.kept(Isolated) == []
+    job.resume(job.step, job.now)  # faster than the program that has brought it about
+    job.all.ran(run.incident, second, "", job.now)
+    job.tick()
+    assert [(one.node, one.isolated) for one in job.kept(Isolated)] == [("n1", True)]
+    assert job.kinds()[-1] == "node_isolated"
+
+
+def test_what_a_person_has_isolated_stays_so_when_the_scheduler_fails() -> None:
+    job = Job(ISOLATE, actuator=SLURM)
+    job.journal.put(Isolated("n1", True, "by hand"))
+    at_fault_twice(job)
+    (run,) = job.runs
+    job.all.ran(run.incident, str(run.programs[0]), "Slurm is not there", job.now)
+    job.tick()
+    assert job.kept(Isolated) == [Isolated("n1", True, "by hand")]
+
+
+def test_a_node_that_cannot_be_taken_out_is_neither_cordoned_nor_marked() -> None:
+    job = Job(ISOLATE, actuator=KUBERNETES, places={1: Place(kubernetes_node="k1")})
+    at_fault_twice(job)
+    assert job.runs == job.kept(Isolated) == []
+    assert job.kinds()[-2:] == ["restart_ordered", "actuator_failed"]
+    killed = {(o.message.life, o.message.launchers) for o in job.ordered(KillWorkers)}
+    assert killed == {(1, False), (2, False)}
 
 
 def test_a_transfer_that_is_stuck_is_probed_before_anything_is_decided(job: Job) -> None:

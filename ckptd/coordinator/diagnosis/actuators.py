@@ -9,8 +9,8 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from ckptd.errors import ConfigError
 from ckptd.watching import Place
@@ -99,7 +99,7 @@ class Plan:
     programs: tuple[Program, ...] = ()
     """To run, in this order; when one fails the rest is not run."""
     problem: str = ""
-    """What cannot be done, and why."""
+    """What cannot be done, and why. Then no node is taken out, unless its launcher is ended."""
 
 
 def check(actuator: Actuator) -> None:
@@ -153,7 +153,13 @@ def _by_command(actuator: Actuator, fault: Fault) -> Plan:
 
 def _by_slurm(fault: Fault) -> Plan:
     """Drain the node; requeue the job, unless it goes on by itself on what it has, or on spares."""
-    drained = _named(place.slurm_node for place in _places_on(fault, fault.isolate))
+    by_spares = fault.elastic and fault.spares >= len(fault.isolate)
+    drained, problem = _nodes_of(fault, "Slurm node", lambda place: place.slurm_node)
+    jobs = _named(place.slurm_job for place in fault.places.values())
+    if not by_spares and not jobs:
+        problem = _unknown("Slurm job", sorted(set(fault.members.values())))
+    if problem and fault.isolate and not by_spares:
+        return _restart_only(_by_slurm, fault, problem)
     programs = [
         Program(
             (
@@ -166,37 +172,47 @@ def _by_slurm(fault: Fault) -> Plan:
         )
         for node in drained
     ]
-    problem = "" if drained or not fault.isolate else _unknown("Slurm node", fault.isolate)
-    if fault.elastic and fault.spares >= len(fault.isolate):
-        return Plan(True, True, tuple(programs), problem)
-    jobs = _named(place.slurm_job for place in fault.places.values())
-    if not jobs:
-        problem = _unknown("Slurm job", sorted(set(fault.members.values())))
+    if by_spares:
+        return Plan(True, bool(fault.isolate), tuple(programs), problem)
     programs += [Program(("scontrol", "requeue", job)) for job in jobs]
     return Plan(fault.elastic and not jobs, False, tuple(programs), problem)
 
 
 def _by_kubernetes(fault: Fault) -> Plan:
     """Cordon the node, and delete its pods; their controller makes new ones elsewhere."""
+    cordoned, problem = _nodes_of(fault, "Kubernetes node", lambda place: place.kubernetes_node)
     on_isolated = _places_on(fault, fault.isolate)
-    cordoned = _named(place.kubernetes_node for place in on_isolated)
+    pods = _pods(on_isolated if fault.elastic else fault.places.values())
+    without = [node for node in fault.isolate if not _pods(_places_on(fault, [node]))]
+    if without or not (pods or fault.elastic):
+        problem = _unknown("pod", without or sorted(set(fault.members.values())))
+    if problem and fault.isolate:
+        return _restart_only(_by_kubernetes, fault, problem)
     programs = [Program(("kubectl", "cordon", "--", node)) for node in cordoned]
-    problem = "" if cordoned or not fault.isolate else _unknown("Kubernetes node", fault.isolate)
-    whose = on_isolated if fault.elastic else list(fault.places.values())
-    pods = sorted(
-        {
-            (place.namespace, place.pod)
-            for place in whose
-            if _NAME.fullmatch(place.pod) and _NAME.fullmatch(place.namespace)
-        }
-    )
-    if not pods and (fault.isolate or not fault.elastic):
-        problem = _unknown("pod", fault.isolate or sorted(set(fault.members.values())))
     programs += [
         Program(("kubectl", "delete", "pod", f"--namespace={space}", "--wait=false", "--", pod))
         for space, pod in pods
     ]
     return Plan(fault.elastic, False, tuple(programs), problem)
+
+
+def _restart_only(by: Callable[[Fault], Plan], fault: Fault, problem: str) -> Plan:
+    """Where a node cannot be taken out, the job starts anew on the nodes there are."""
+    return replace(by(replace(fault, isolate=())), problem=problem)
+
+
+def _nodes_of(fault: Fault, what: str, name_of: Callable[[Place], str]) -> tuple[list[str], str]:
+    """The scheduler's names of the nodes to take out, one for each, and what is missing."""
+    names = {node: _named(map(name_of, _places_on(fault, [node]))) for node in fault.isolate}
+    unknown = [node for node, found in names.items() if len(found) != 1]
+    known = sorted({found[0] for found in names.values() if len(found) == 1})
+    return known, _unknown(f"{what}, or more than one", unknown) if unknown else ""
+
+
+def _pods(places: Iterable[Place]) -> list[tuple[str, str]]:
+    """Namespace and name of each, once."""
+    found = {(place.namespace, place.pod) for place in places}
+    return sorted(pod for pod in found if all(map(_NAME.fullmatch, pod)))
 
 
 def _places_on(fault: Fault, nodes: Iterable[str]) -> list[Place]:

@@ -152,6 +152,7 @@ class _Case:
     places: dict[int, Place] = field(default_factory=dict)
     decided: Decision | None = None
     plan: Plan = field(default_factory=lambda: Plan(kills=False))
+    programs_done: int = 0
     killed_at: float = 0.0
     kills: int = 0
     repeat_at: float = 0.0
@@ -168,6 +169,8 @@ class Supervisor:
         self.slow: dict[int, IncidentRecord] = {}
         """By number of the finding: slowness that is not over."""
         self._recovering: _Case | None = None
+        self._isolating: dict[int, _Case] = {}
+        """By number of the incident: nodes are marked once programs have taken them out."""
         self._ended: Ended | None = None
         self._policy: Policy | None = None
         self._wanted_at: dict[str, float] = {}
@@ -246,10 +249,17 @@ class Supervisor:
         if record is None:
             return
         if failure:
+            self._isolating.pop(incident, None)
             self._not_actuated(record, f"{program}: {failure}", now)
-        else:
-            record.say(now + self._parent.wall_s, f"{program}: done")
-            self._note("actuated", f"incident {incident}: {program}: done", incident=incident)
+            return
+        record.say(now + self._parent.wall_s, f"{program}: done")
+        self._note("actuated", f"incident {incident}: {program}: done", incident=incident)
+        case = self._isolating.get(incident)
+        if case is not None:
+            case.programs_done += 1
+            if case.programs_done == len(case.plan.programs):
+                del self._isolating[incident]
+                self._mark(case)
 
     def ended(self, life: int, culprit: Culprit, reason: str, since: float, now: float) -> None:
         """A trainer is gone that had not said goodbye, or a node. `since`: the last progress.
@@ -474,9 +484,6 @@ class Supervisor:
             self._note(kind, decision.reason, incident=record.number)
             return
         self._remember_restarts(policy)
-        for node in decision.isolate:
-            self._do(Remember(Isolated(node, True, decision.reason[:1000])))
-            self._note("node_isolated", f"{node} is isolated: {decision.reason}", node=node)
         record.diagnosis_s = now - case.finding.found_at
         case.killed_at = now
         case.plan = plan(actuator, self._fault(case, decision.isolate))
@@ -517,6 +524,10 @@ class Supervisor:
             life=self.life.number,
         )
         record.say(wall, f"all trainers of life {self.life.number} are killed, {how}")
+        if todo.stops_launchers:
+            self._mark(case)
+        elif todo.programs and not todo.problem:
+            self._isolating[record.number] = case
         if todo.programs:
             self._do(Run(record.number, todo.programs, actuator.timeout_s))
         if todo.kills:
@@ -524,21 +535,25 @@ class Supervisor:
         if todo.problem:
             self._not_actuated(record, todo.problem, now)
 
-    def _not_actuated(self, record: IncidentRecord, why: str, now: float) -> None:
-        """The scheduler has not done its part: launchers do what they can, on the nodes there are.
+    def _mark(self, case: _Case) -> None:
+        """Isolate the nodes that are taken out.
 
-        A node that is still in the job must not be marked: its ranks would wait for ever.
+        Not before: the ranks of one that is still in the job would wait for ever.
         """
+        assert case.decided is not None
+        reason = case.decided.reason
+        for node in case.decided.isolate:
+            self._do(Remember(Isolated(node, True, reason[:1000])))
+            self._note("node_isolated", f"{node} is isolated: {reason}", node=node)
+
+    def _not_actuated(self, record: IncidentRecord, why: str, now: float) -> None:
+        """The scheduler has not done its part: launchers do what they can, on what there is."""
         record.say(now + self._parent.wall_s, why)
         text = f"incident {record.number}: {why}"
         self._note("actuator_failed", text, incident=record.number)
         case = self.case
         if case is None or case.record is not record or case.decided is None:
             return
-        if not case.plan.stops_launchers:
-            for node in case.decided.isolate:
-                self._do(Remember(Isolated(node, False, f"it could not be taken out: {why[:900]}")))
-                self._note("node_readmitted", f"{node} is in again: {why}", node=node)
         if self.life.elastic and not case.plan.kills:
             case.plan = Plan(kills=True)
             self._kill(case, now)
