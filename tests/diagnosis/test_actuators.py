@@ -1,12 +1,14 @@
 """Who carries out a decision: what is planned, and what programs get and do."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -156,6 +158,31 @@ def test_a_program_that_fails_or_hangs_is_tried_again_and_says_why(
     assert outcome(left) == ""  # what it leaves behind keeps nobody waiting
     psutil.Process(int((tmp_path / "left").read_text())).kill()
     assert "cannot be run" in asyncio.run(run_program(Program(("/nowhere",)), 1.0))
+
+
+def test_what_a_program_says_is_on_no_disk_and_what_cannot_be_run_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+
+    def outcome(script: str) -> str:
+        return asyncio.run(run_program(Program(("sh", "-c", script)), 60.0))
+
+    assert outcome("readlink /proc/self/fd/1; exit 3").startswith("exit status 3: pipe:")
+    opened = len(os.listdir("/proc/self/fd"))
+    assert outcome("head -c 20000000 /dev/zero; echo; echo done; exit 4").endswith("done (3 times)")
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+    def no_pipe() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pipe", no_pipe)
+        running = programs._run_once(Program(("true",)), 60.0)
+        with pytest.raises(StopIteration) as ended:
+            running.send(None)
+    assert "cannot be run: [Errno 24] Too many" in ended.value.value
 
 
 def test_what_is_missing_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
