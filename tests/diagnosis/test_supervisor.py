@@ -1,6 +1,6 @@
 """From sketches to actions: given what agents say, what is done, and what is not."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, nan
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.coordinator.diagnosis import Thresholds
 from ckptd.coordinator.diagnosis.actuators import KUBERNETES, SLURM, Actuator
+from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.supervisor import (
     ISOLATE,
     OBSERVE,
@@ -406,6 +407,22 @@ def test_without_answers_to_probes_it_is_decided_all_the_same(job: Job) -> None:
     job._obey = lambda action: None if isinstance(action.message, Probe) else obey(action)  # type: ignore[method-assign] # no agent measures
     job.run(100, hung=True, entered=2)
     assert job.kinds() == ["hang_suspected", "witness", "restart_ordered"]
+
+
+@pytest.mark.parametrize("kind", [Kind.COMMUNICATION_HANG, Kind.COMMUNICATION_SLOW])
+def test_nothing_is_kept_of_probes_for_what_is_over(job: Job, kind: Kind) -> None:
+    """Before they are all answered: it would stay until the life ends."""
+    job._obey = lambda action: None  # type: ignore[method-assign] # no agent measures
+    here = job.all.jobs[JOB]
+    culprit = Culprit(Scope.NODES, (0, 1), ("n0", "n1"))
+    finding = Finding(7, kind, culprit, job.now, job.now, 0.5, "not well")
+    begun = {Kind.COMMUNICATION_HANG: here._hang, Kind.COMMUNICATION_SLOW: here._slow}[kind]
+    begun(finding, job.now)
+    if kind.is_hang:
+        here._begin_probes(finding, job.now)
+    assert set(here._probing) == {7}
+    begun(replace(finding, over=True), job.now)
+    assert here._probing == {}
 
 
 def test_who_has_paused_is_left_alone_until_that_lasts_too_long(job: Job) -> None:

@@ -384,6 +384,7 @@ class Supervisor:
                     self._do(Remember(case.record.entry()))
                 self._note("finding_over", f"over: {finding.sentence}", finding=finding.number)
             self.case = None
+            self._probing.pop(finding.number, None)
             return
         if case is None or case.finding.number != finding.number:
             self.case = _Case(finding, look_at=now)
@@ -574,6 +575,7 @@ class Supervisor:
         record = self.slow.get(finding.number)
         wall = now + self._parent.wall_s
         if finding.over:
+            self._probing.pop(finding.number, None)
             if record is not None:
                 del self.slow[finding.number]
                 record.over_at = wall
