@@ -43,7 +43,7 @@ SLURM_PLACES = {
     rank: Place(slurm_job="77", slurm_node=f"s-{node}") for rank, node in MEMBERS.items()
 }
 PODS = {
-    rank: Place(namespace="ml", pod=f"lm-{rank}", kubernetes_node=f"k-{node}")
+    rank: Place(namespace="default", pod=f"lm-{rank}", kubernetes_node=f"k-{node}")
     for rank, node in MEMBERS.items()
 }
 FAULT = Fault(
@@ -75,7 +75,9 @@ def test_slurm_requeues_a_job_that_has_no_launcher_and_else_only_drains() -> Non
 def test_kubernetes_cordons_before_it_deletes_and_kills_the_others() -> None:
     assert planned(KUBERNETES, PODS) == ([], Plan(kills=True))
     cordon = "kubectl cordon -- k-n1"
-    pods = [f"kubectl delete pod --namespace=ml --wait=false -- lm-{rank}" for rank in range(3)]
+    pods = [
+        f"kubectl delete pod --namespace=default --wait=false -- lm-{rank}" for rank in range(3)
+    ]
     said, made = planned(KUBERNETES, PODS, isolate=("n1",))
     assert (said, made.kills) == ([cordon, *pods[1:]], True)
     said, made = planned(KUBERNETES, PODS, isolate=("n1",), elastic=False)
@@ -111,13 +113,16 @@ def test_no_more_nodes_are_drained_than_were_to_be_taken_out() -> None:
         assert "or more than one" in made.problem
 
 
-@pytest.mark.parametrize("name", ["-all", "n[1-9]", "a,b", "ALL nodes", "", "../x"])
+@pytest.mark.parametrize("name", ["-all", "n[1-9]", "a,b", "ALL", "all", "", "../x"])
 def test_a_name_that_could_mean_more_than_one_thing_is_not_passed_on(name: str) -> None:
     odd = {1: Place(name, name, name, name, name)}
     for actuator in (SLURM, KUBERNETES):
         said, made = planned(actuator, odd, isolate=("n1",), elastic=False)
         assert said == []
         assert "docs/diagnosis.md" in made.problem
+    for job in ("77_[1-9]", "77,78", "0", "lm"):
+        odd = {0: Place(slurm_job=job)}
+        assert planned(SLURM, odd, elastic=False)[0] == []
 
 
 def test_a_command_gets_the_facts_twice(tmp_path: Path) -> None:
@@ -323,6 +328,6 @@ def test_the_real_kubectl_asks_the_api_server_for_what_was_planned(
     changed = [one for one in FakeApi.asked if one[0] != "GET"]
     assert [one[:2] for one in changed] == [
         ("PATCH", "/api/v1/nodes/k-n1"),
-        ("DELETE", "/api/v1/namespaces/ml/pods/lm-1"),
+        ("DELETE", "/api/v1/namespaces/default/pods/lm-1"),
     ]
     assert json.loads(changed[0][2]) == {"spec": {"unschedulable": True}}

@@ -18,8 +18,9 @@ from ckptd.watching import Place
 TORCHRUN, COMMAND, KUBERNETES, SLURM = "torchrun", "command", "kubernetes", "slurm"
 ACTUATORS = (TORCHRUN, COMMAND, KUBERNETES, SLURM)
 _BINARIES = {KUBERNETES: "kubectl", SLURM: "scontrol"}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
-"""One node, pod, namespace or job, and no flag, list or range."""
+_NAME = re.compile(r"(?!(?i:all)\Z)[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+"""One node, pod, namespace or job, and no flag, list or range, nor all of them."""
+_SLURM_JOB = re.compile(r"[1-9][0-9]{0,9}")
 _TEXT_MAX = 400
 
 
@@ -155,7 +156,7 @@ def _by_slurm(fault: Fault) -> Plan:
     """Drain the node; requeue the job, unless it goes on by itself on what it has, or on spares."""
     by_spares = fault.elastic and fault.spares >= len(fault.isolate)
     drained, problem = _nodes_of(fault, "Slurm node", lambda place: place.slurm_node)
-    jobs = _named(place.slurm_job for place in fault.places.values())
+    jobs = _named((place.slurm_job for place in fault.places.values()), _SLURM_JOB)
     if not by_spares and not jobs:
         problem = _unknown("Slurm job", sorted(set(fault.members.values())))
     if problem and fault.isolate and not by_spares:
@@ -222,9 +223,9 @@ def _places_on(fault: Fault, nodes: Iterable[str]) -> list[Place]:
     ]
 
 
-def _named(names: Iterable[str]) -> list[str]:
+def _named(names: Iterable[str], form: re.Pattern[str] = _NAME) -> list[str]:
     """Each once. What is not one plain name could be a flag, or mean many."""
-    return sorted({name for name in names if _NAME.fullmatch(name)})
+    return sorted({name for name in names if form.fullmatch(name)})
 
 
 def _unknown(what: str, nodes: Iterable[str]) -> str:
