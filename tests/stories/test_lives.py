@@ -302,6 +302,8 @@ def test_a_bit_that_flips_in_memory_is_found_and_repaired(town):
 
 def test_a_resume_outlives_the_restart_of_its_agent(town):
     here = town(2)
+    terms = [here.memory_of(node) / ".term" for node in here.nodes]
+    here.wait("agents to obey", lambda: all(term.exists() for term in terms))
     here.kill("coordinator")
     names = here.train("--timeout", "90")
     waiting = "waiting for the coordinator to grant a life"
