@@ -90,8 +90,7 @@ def both(job, key) -> bool:
 
 def test_who_waits_has_entered_and_who_sleeps_has_not(job):
     job = job("asleep", 2, CKPTD_TIMING="1")
-    waiting = job.wait("rank 0 to wait", lambda: job.open(0))
-    assert [record.seq for record in waiting] == [6]
+    job.wait("rank 0 to wait", lambda: [record.seq for record in job.open(0)] == [6])
     job.wait("rank 1's", lambda: ("0", 5, "all_reduce", None) in job.records(1))
     assert ("0", 6, "all_reduce", None) not in job.records(1)
 
