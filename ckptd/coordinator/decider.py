@@ -1498,8 +1498,9 @@ class Coordinator:
                 step=snapshot.id.step,
             )
         if tell:
+            with_ranks = self._job_nodes(job)
             for node in self.nodes:
-                if node in self._job_nodes(job) or snapshot.id in self.nodes[node].holdings:
+                if node in with_ranks or snapshot.id in self.nodes[node].holdings:
                     self._send(node, Drop(snapshot.id, reason))
 
     # Resume.
