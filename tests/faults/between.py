@@ -102,9 +102,7 @@ class Overheard(Fleet):
         for node in self.places:
             self.start_agent(node)
         self.wait_for_nodes(len(self.places))
-        self.train()
-        self.wait_for_start()
-        self.wait_for_protected()
+        self.get_going()
         return self
 
     def close(self) -> None:

@@ -47,6 +47,12 @@ class Fleet(LocalCluster):
         self.wait_for_nodes(len(self.places))
         return self
 
+    def get_going(self) -> None:
+        """Train until a snapshot is protected."""
+        self.train()
+        self.wait_for_start()
+        self.wait_for_protected()
+
     def newcomer(self) -> str:
         """Start the agent of a node that nobody has seen yet; returns its name."""
         node = f"n{self._made}"

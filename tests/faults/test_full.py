@@ -93,9 +93,7 @@ def here() -> Iterator[Small]:
 
 
 def test_training_goes_on_and_what_is_protected_stays(here: Small) -> None:
-    here.train()
-    here.wait_for_start()
-    here.wait_for_protected()
+    here.get_going()
     here.fill()
     here.wait("it to be said", lambda: "No space left" in str(here.job(JOB)["ended"]))
     before = here.wait_for_protected()

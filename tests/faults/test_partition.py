@@ -64,9 +64,7 @@ class Apart(Fleet):
         for number, node in enumerate(self.places):
             self.start_agent(node, address=self.cables.host(number))
         self.wait_for_nodes(len(self.places))
-        self.train()
-        self.wait_for_start()
-        self.wait_for_protected()
+        self.get_going()
         return self
 
     def close(self) -> None:
