@@ -47,7 +47,7 @@ def test_a_rank_that_computes_makes_progress(job):
 
 def test_a_stopped_rank_and_a_dead_one(job):
     job = job("asleep", 2)
-    job.wait("rank 0 to wait", lambda: job.open(0))
+    job.wait("rank 0 to wait", lambda: any(record.seq == 6 for record in job.open(0)))
     os.kill(job.pid(1), signal.SIGSTOP)
     job.wait("it to stop", lambda: witness.process_state(job.pid(1)) == "stopped")
     first, second = look(job, 1)
@@ -63,7 +63,7 @@ def test_a_stopped_rank_and_a_dead_one(job):
 def test_without_the_worker_server_a_signal_brings_the_stacks(job):
     job = job("asleep", 2)
     told = job.view(1).introduction
-    job.wait("rank 0 to wait", lambda: job.open(0))
+    job.wait("rank 0 to wait", lambda: any(record.seq == 6 for record in job.open(0)))
     (job.watcher.directory / told.socket).unlink()
     found = job.call(witness.sample(told, job.watcher.directory))
     assert "falls_asleep" in found.stacks
