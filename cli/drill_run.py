@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from ckptd.cli.netns import Network
 from ckptd.client import give_order
 from ckptd.coordinator.diagnosis.score import Expected, Said
 from ckptd.errors import CkptdError, Refused
+from ckptd.keys import new_key
 from ckptd.trainer.drill_messages import (
     DDP,
     STRIKE,
@@ -97,11 +99,16 @@ class Range:
     """Where drills are held: coordinator, four nodes, and a process that forks ranks."""
 
     def __init__(self, network: bool) -> None:
-        """`network`: each node's ranks have a link of their own, of a known rate."""
+        """`network`: each node has a link of its own, of a known rate, for agents and ranks."""
+        self._secrets = tempfile.TemporaryDirectory(prefix="ckptd-key-")
+        key_file = Path(self._secrets.name) / "key"
+        key_file.touch(0o600)
+        key_file.write_bytes(new_key())
         self.cluster = LocalCluster(
             coordinator_flags=["--policy", "observe", "--lease", "4"],
             agent_flags=["--memory-limit", "1GiB"],
             environ={"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            key_file=key_file,
         )
         self.network: Network | None = None
         self.stopped = threading.Event()
@@ -115,9 +122,14 @@ class Range:
             raise
 
     def _start(self) -> None:
-        self.cluster.start_coordinator()
+        # Not by those links: it has to be heard when one of them breaks.
+        self.cluster.start_coordinator(listen=f"ipc://{self.cluster.directory}/coordinator")
         for number, node in enumerate(NODES):
-            self.cluster.start_agent(node, address=f"127.0.0.{11 + number}")
+            address = f"127.0.0.{11 + number}"
+            inside: list[str] = []
+            if self.network is not None:
+                address, inside = self.network.host(number), self.network.inside(number)
+            self.cluster.start_agent(node, address=address, inside=inside)
         self.cluster.wait_for_nodes(len(NODES))
         command = [sys.executable, "-m", "ckptd.trainer.drill"]
         self._nursery = self.cluster.spawn("ranks", command, stdin=subprocess.PIPE)
@@ -151,6 +163,7 @@ class Range:
 
     def close(self) -> None:
         self.cluster.close()
+        self._secrets.cleanup()
         if self.network is not None:
             self.network.close()
 

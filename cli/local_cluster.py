@@ -128,11 +128,17 @@ class LocalCluster:
         self.rendezvous = self._announced("rendezvous", announce)
         return self.rendezvous
 
-    def start_agent(self, node: str, *flags: str, address: str = "127.0.0.1") -> None:
-        """Start the agent of `node`; does not wait for it."""
+    def start_agent(
+        self, node: str, *flags: str, address: str = "127.0.0.1", inside: Sequence[str] = ()
+    ) -> None:
+        """Start the agent of `node`; does not wait for it.
+
+        `inside`: what is put before its command, as `Network.inside` says.
+        """
         self.spawn(
             f"agent-{node}",
             [
+                *inside,
                 *_ckptd("agent"),
                 "--node",
                 node,
