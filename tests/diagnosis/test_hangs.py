@@ -48,11 +48,13 @@ class Picture:
     def _sketch(
         self, node: int, groups: list[Group], at: float, waiting_s: dict[tuple[str, int], float]
     ) -> Sketch:
+        """A group that is named like "0>2" is what rank 0 sends to rank 2."""
         parts, entered, ended, waiting = [], [], [], []
         for name, members in groups:
             mine = tuple(rank for rank in members if rank // self.per_node == node)
             if mine:
-                parts.append(Part(name, len(members), mine, "", self.enqueued))
+                pair = tuple(map(int, name.split(">"))) if ">" in name else None
+                parts.append(Part(name, len(members), mine, "", self.enqueued, pair))
             entered += [members[rank][0] for rank in mine]
             ended += [members[rank][1] for rank in mine]
             waiting += [waiting_s.get((name, rank), nan) for rank in mine]
@@ -107,6 +109,30 @@ def test_who_has_paused_hangs_for_nobody_and_hides_nobody() -> None:
     assert Picture().draw(CHAIN).finding(paused=(4,)).culprit.ranks == (5,)
     absent = Picture().draw([("dp", {0: waits(7), 1: past(6), 2: past(6)})])
     assert absent.finding(paused=(1,)).culprit.ranks == (2,)
+
+
+def test_what_is_sent_on_the_side_hides_nothing() -> None:
+    """The processor goes on after `isend`, so it does not wait in what it entered first."""
+    sent: list[Group] = [
+        ("1>3", {1: waits(51), 3: waits(51)}),
+        ("3>1", {3: waits(48), 1: waits(48)}),
+    ]
+    since = {("1>3", 1): 9.9, ("3>1", 1): 9.5, ("3>1", 3): 9.7, ("1>3", 3): 9.4}
+    finding = Picture().draw(sent, waiting_s=since).finding()
+    assert finding is not None
+    assert finding.kind is Kind.COMMUNICATION_HANG
+    assert finding.culprit.nodes == ("n1", "n3")
+
+
+def test_what_was_received_is_over_though_its_sender_does_not_look() -> None:
+    groups: list[Group] = [
+        ("0>1", {0: waits(5), 1: past(5)}),
+        ("dp", {1: waits(7), 2: waits(7)}),
+    ]
+    finding = Picture().draw(groups).finding()
+    assert finding is not None
+    assert finding.culprit.nodes == ("n1", "n2")
+    assert Picture().draw(groups[:1]).finding() is None
 
 
 def test_without_wait_chains_victims_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

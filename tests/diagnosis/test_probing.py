@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ async def measured(cluster: LocalCluster, announce: Path) -> Finding:
         decider = process._decider
         while len(decider.nodes) < len(NODES):
             await asyncio.sleep(0.05)
-        probing = Probing(STUCK, NODES, decider._cells_of, 0.0)
+        probing = Probing(STUCK, NODES, decider._cells_of, inf)
         supervisors = decider.supervisors
         supervisors.jobs["job"] = Supervisor("job", supervisors)
         supervisors.jobs["job"]._probing[STUCK.number] = probing

@@ -390,11 +390,11 @@ def test_a_node_that_cannot_be_taken_out_is_neither_cordoned_nor_marked() -> Non
     assert killed == {(1, False), (2, False)}
 
 
-def test_a_transfer_that_is_stuck_is_probed_before_anything_is_decided(job: Job) -> None:
+def test_a_transfer_that_is_stuck_is_probed_when_it_is_suspected(job: Job) -> None:
     job.does = WAITS
     job.run(100, hung=True, entered=2)
     kinds = [type(order.message) for order in job.orders]
-    assert kinds.index(Collect) < kinds.index(Probe) < kinds.index(KillWorkers)
+    assert kinds.index(Probe) < kinds.index(Collect) < kinds.index(KillWorkers)
     probes = {order.node: order.message.cells for order in job.ordered(Probe)}
     assert probes == {"n0": {"n1": "n1:1"}, "n1": {"n0": "n0:1"}}
     (record,) = job.all.records.values()
@@ -418,8 +418,6 @@ def test_nothing_is_kept_of_probes_for_what_is_over(job: Job, kind: Kind) -> Non
     finding = Finding(7, kind, culprit, job.now, job.now, 0.5, "not well")
     begun = {Kind.COMMUNICATION_HANG: here._hang, Kind.COMMUNICATION_SLOW: here._slow}[kind]
     begun(finding, job.now)
-    if kind.is_hang:
-        here._begin_probes(finding, job.now)
     assert set(here._probing) == {7}
     begun(replace(finding, over=True), job.now)
     assert here._probing == {}

@@ -104,7 +104,7 @@ class _View:
         return np.unique(self.group[self.absent & np.isin(self.rank, ranks)])
 
     def silent_groups(self) -> Ints:
-        """Groups that all have entered, and that their ranks wait in before any other."""
+        """Groups that all have entered, and in which their ranks really wait."""
         starts = self.table.starts
         stays = self.heard & self.silent & ~self.absent
         complete: Bools = np.logical_and.reduceat(stays, starts) & self.is_stuck
@@ -112,12 +112,15 @@ class _View:
             return np.zeros(0, np.int64)
         # On a GPU the processor runs ahead: a rank is entered in several groups, and what was
         # put on the stream first is what it waits for.
-        pending_at = np.where(self.waits, self.table.pending_at[: self.table.used], np.nan)
+        used = slice(0, self.table.used)
+        on_stream = self.waits & self.table.enqueued[used]
+        pending_at = np.where(on_stream, self.table.pending_at[used], np.nan)
         earliest = np.full(len(self.table.rank_node), np.inf)
-        np.fmin.at(earliest, self.rank[self.waits], pending_at[self.waits])
-        is_later = self.waits & (pending_at > earliest[self.rank])
-        is_victim: Bools = np.logical_or.reduceat(is_later, starts)
-        return np.flatnonzero(complete & ~is_victim)
+        np.fmin.at(earliest, self.rank[on_stream], pending_at[on_stream])
+        # What was received is over, though the sender may never look whether it was sent.
+        is_past = self.table.is_destination[used] & ~self.waits
+        is_past |= on_stream & (pending_at > earliest[self.rank])
+        return np.flatnonzero(complete & ~np.logical_or.reduceat(is_past, starts))
 
     def oldest(self, groups: Ints) -> int:
         """The one of `groups` that has been without progress for longest."""

@@ -9,7 +9,7 @@ No IO, clock or randomness: what is to be done is returned by `take_actions`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptd.coordinator.diagnosis.actuators import Actuator, Fault, Plan, Program, plan
@@ -326,9 +326,20 @@ class Supervisor:
                     self._hang(finding, now)
                 else:
                     self._slow(finding, now)
-        self._end_slow_probes(now)
+        for probing in list(self._probing.values()):
+            if not probing.awaited or now >= probing.until:
+                self._end_probes(probing, now)
         if self.case is not None:
             self._proceed(self.case, now)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Those that are not over, as far as they are known."""
+        case = self.case
+        return [
+            case.finding if case is not None and case.finding.number == each.number else each
+            for each in self.detector.open.values()
+        ]
 
     @property
     def suspects(self) -> set[str]:
@@ -389,8 +400,10 @@ class Supervisor:
         if case is None or case.finding.number != finding.number:
             self.case = _Case(finding, look_at=now)
             self._note("hang_suspected", finding.sentence, finding=finding.number)
-        elif case.record is None:  # other ranks are suspected now
+            self._begin_probes(finding, now)
+        elif case.record is None and not case.finding.measured:  # other ranks are suspected now
             case.finding, case.asked_at, case.look_at = finding, 0.0, now
+            self._begin_probes(finding, now)
 
     def _proceed(self, case: _Case, now: float) -> None:
         if case.decided is not None:
@@ -451,15 +464,19 @@ class Supervisor:
         reason = f"{finding.kind.value}: {finding.sentence}; {case.judgement.reason}"
         case.awaited = self._collect(record, reason)
         case.collect_until = now + _COLLECT_PATIENCE_S
-        if not case.judgement.culprits:  # else it is certain who it is
-            self._begin_probes(finding, now)
+        if case.judgement.culprits:  # it is certain who it is
+            self._probing.pop(finding.number, None)
+        elif "matrix" in finding.evidence:
+            record.say(now + self._parent.wall_s, f"probes: {finding.evidence['matrix']}")
 
     def _decide(self, case: _Case, now: float) -> None:
         record = case.record
         assert record is not None
         wall = now + self._parent.wall_s
         record.say(wall, f"evidence collected on {len(record.folders)} nodes")
-        case.finding = self._probes_end(case.finding, record, now)
+        probing = self._probing.get(case.finding.number)
+        if probing is not None:
+            self._end_probes(probing, now)
         policy, actuator = self.policy, self._parent.settings.actuator
         if not self.life.number:
             decision = Decision(
@@ -604,30 +621,30 @@ class Supervisor:
     # Probes.
 
     def _begin_probes(self, finding: Finding, now: float) -> None:
-        """Before a network is blamed, it is measured."""
+        """Before a network is blamed, it is measured: at the first suspicion, while it lasts."""
         probing = Probing(finding, self._nodes(), self._parent.cells_of, now)
-        if probing.awaited:
+        if probing.awaited and finding.number not in self._probing:
             self._probing[finding.number] = probing
             for node, order in probing.orders(self.job, self.life.number):
                 self._tell(node, order)
 
-    def _probes_end(self, finding: Finding, record: IncidentRecord, now: float) -> Finding:
-        """The finding as far as it was narrowed, which the record then says."""
-        probing = self._probing.pop(finding.number, None)
-        if probing is None:
-            return finding
+    def _end_probes(self, probing: Probing, now: float) -> None:
+        """The finding is as far narrowed as the answers allow."""
         narrowed = probing.narrowed()
-        record.describe(narrowed)
-        record.say(now + self._parent.wall_s, f"probes: {narrowed.evidence['matrix']}")
-        return narrowed
-
-    def _end_slow_probes(self, now: float) -> None:
-        for number, record in list(self.slow.items()):
-            probing = self._probing.get(number)
-            if probing is not None and (not probing.awaited or now >= probing.until):
-                narrowed = self._probes_end(probing.finding, record, now)
-                self._note("probed", narrowed.sentence, incident=record.number)
-                self._do(Remember(record.entry()))
+        number = narrowed.number
+        del self._probing[number]
+        case, record = self.case, self.slow.get(number)
+        if case is not None and case.finding.number == number:
+            if not narrowed.measured:  # others may be suspected by now
+                evidence = {**case.finding.evidence, "matrix": narrowed.evidence["matrix"]}
+                narrowed = replace(case.finding, evidence=evidence)
+            case.finding, record = narrowed, case.record
+        if record is not None:
+            record.describe(narrowed)
+            record.say(now + self._parent.wall_s, f"probes: {narrowed.evidence['matrix']}")
+            self._do(Remember(record.entry()))
+        if narrowed.measured:
+            self._note("probed", narrowed.sentence, finding=number)
 
     # Small helpers.
 
@@ -859,6 +876,6 @@ class Supervisors:
                     "for_s": now - finding.since,
                     "witness": witness if finding.kind.is_hang else "",
                 }
-                for finding in each.detector.open.values()
+                for finding in each.findings
             ],
         }

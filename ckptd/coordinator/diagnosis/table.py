@@ -85,6 +85,9 @@ class Table:
         self.rank: Ints = column("rank", np.int64, _NO_RANK)
         self.group: Ints = column("group", np.int64, 0)
         self.is_source: Bools = column("is_source", np.bool_, False)
+        self.is_destination: Bools = column("is_destination", np.bool_, False)
+        self.enqueued: Bools = column("enqueued", np.bool_, False)
+        """Entered means put on a stream, which runs in order."""
         self.entered: Ints = column("entered", np.int64, 0)
         self.ended: Ints = column("ended", np.int64, 0)
         self.changed_at: Floats = column("changed_at", np.float64, _NEVER)
@@ -266,6 +269,8 @@ class Table:
         self._placed[group, rank] = slot
         self.rank[slot] = rank
         self.is_source[slot] = part.pair is not None and part.pair[0] == rank
+        self.is_destination[slot] = part.pair is not None and part.pair[1] == rank
+        self.enqueued[slot] = part.enqueued
         if rank >= self.ranks:
             self.ranks = rank + 1
             self.rank_node = _grown(self.rank_node, self.ranks, _NO_RANK)
