@@ -124,7 +124,7 @@ def run(case: Case, poll_steps: float = 0.5, end_step: int = END_STEP) -> Outcom
             judgement = witness.judge(finding, at)
             if judgement.verdict is Verdict.HANGS:
                 outcome.found_after_s = min(outcome.found_after_s, finding.found_at - job.fault_at)
-                finding = detector.narrowed(finding, judgement.culprits)
+                finding = detector.confirmed(finding, judgement.culprits)
                 last[finding.number] = finding
                 decision = policy.decide(finding, judgement, job.step, at)
                 outcome.restarts += decision.do is not Do.OBSERVE

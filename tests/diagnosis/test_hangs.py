@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckptd.coordinator.diagnosis import explain, hangs
+from ckptd.coordinator.diagnosis import Detector, explain, hangs
 from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
 from ckptd.coordinator.diagnosis.table import Table
@@ -133,6 +133,41 @@ def test_what_was_received_is_over_though_its_sender_does_not_look() -> None:
     assert finding is not None
     assert finding.culprit.nodes == ("n1", "n2")
     assert Picture().draw(groups[:1]).finding() is None
+
+
+STAGES: list[Group] = [
+    ("dp0", {0: past(6), 1: waits(7)}),
+    ("dp1", {2: past(6), 3: waits(7)}),
+]
+"""0 and 2 wait for each other, in sends and receives, which are not recorded."""
+
+
+def test_whose_suspects_all_wait_in_what_is_not_seen_is_stuck_there() -> None:
+    detector = Detector()
+    picture = Picture().draw(STAGES)
+    detector.table, first = picture.table, picture.finding()
+    assert first is not None
+    assert (first.kind, first.suspects) == (Kind.NON_COMMUNICATION_HANG, (0, 2))
+    finding = detector.reconsidered(first, (0, 2))
+    assert finding is not None
+    assert finding.kind is Kind.COMMUNICATION_HANG
+    assert (finding.culprit.scope, finding.culprit.nodes) == (Scope.NODES, ("n0", "n2"))
+    assert finding.confidence < first.confidence
+    assert "the processes of ranks 0, 2 wait in communication that is not rec" in finding.sentence
+
+
+def test_before_that_whoever_is_not_seen_to_wait_is_looked_at() -> None:
+    detector = Detector()
+    picture = Picture().draw([*STAGES, ("dp2", {4: past(7), 5: past(7)})])
+    detector.table, first = picture.table, picture.finding()
+    assert first is not None
+    second = detector.reconsidered(first, (0, 2))
+    assert second is not None
+    assert (second.kind, second.culprit) == (first.kind, first.culprit)
+    assert second.suspects == (0, 2, 4, 5)
+    third = detector.reconsidered(second, second.suspects)
+    assert third is not None
+    assert third.culprit.nodes == ("n0", "n2", "n4", "n5")
 
 
 def test_without_wait_chains_victims_are_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

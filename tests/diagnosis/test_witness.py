@@ -66,6 +66,14 @@ def test_of_several_suspects_those_that_hang_are_named() -> None:
     )
     assert judgement.verdict is Verdict.HANGS
     assert judgement.culprits == (3,)
+    assert judgement.waiting == ()
+
+
+def test_that_all_suspects_wait_is_said_only_if_all_were_seen() -> None:
+    waits = (replace(FIRST, stack=WAITING), replace(LATER, stack=WAITING))
+    both = finding(Kind.NON_COMMUNICATION_HANG, 3, 4)
+    assert judge(both, {3: waits, 4: waits}, 102.0).waiting == (3, 4)
+    assert judge(both, {3: waits}, 102.0).waiting == ()
 
 
 def test_what_cannot_be_looked_at_proves_nothing() -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ckptd.coordinator.diagnosis import explain
-from ckptd.coordinator.diagnosis.finding import Finding, Kind, Scope, listed
-from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
+from ckptd.coordinator.diagnosis.finding import SUSPECTS_MAX, Finding, Kind, Scope, listed
+from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall, not_seen_to_wait
 from ckptd.coordinator.diagnosis.slowness import History
 from ckptd.coordinator.diagnosis.table import Table
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
@@ -115,13 +115,23 @@ class Detector:
             news += self._end_window(now)
         return news
 
-    def narrowed(self, finding: Finding, ranks: Sequence[int]) -> Finding:
-        """A finding whose culprits the second witness has narrowed down to `ranks`."""
-        if not ranks or set(ranks) == set(finding.culprit.ranks):
-            return finding
-        culprit = explain.culprit_of(self.table, np.array(sorted(ranks)), self.thresholds)
-        sentence = f"{finding.sentence}; by the second witness it is {culprit}"
-        return replace(finding, culprit=culprit, sentence=sentence)
+    def confirmed(self, finding: Finding, ranks: Sequence[int]) -> Finding:
+        """A hang, when the second witness has seen it, of `ranks` if it could tell of whom."""
+        return explain.confirmed(self.table, finding, ranks, self.thresholds) if ranks else finding
+
+    def reconsidered(self, finding: Finding, waiting: Sequence[int]) -> Finding | None:
+        """A hang of which all suspects were seen to wait, `waiting`, though in nothing recorded.
+
+        The one that they wait for may be any rank that is not seen to wait: those are suspected
+        now. If they were already, it is what they communicate with one another that is stuck. None
+        if they are too many to look at.
+        """
+        others = tuple(map(int, not_seen_to_wait(self.table)))
+        if len(others) > SUSPECTS_MAX:
+            return None
+        if set(others) - set(finding.suspects):
+            return replace(finding, suspects=others)
+        return explain.unseen(self.table, finding, waiting)
 
     def _hangs(self, now: float) -> dict[str, Finding]:
         timeout_s = self.hang_timeout_s

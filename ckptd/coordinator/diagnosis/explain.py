@@ -1,6 +1,6 @@
 """From what the rules have found to findings: who is named, how surely, in what words."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,8 @@ from ckptd.coordinator.diagnosis.table import Ints, Table
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
 
 _SURE = 0.99
+_TIMING_ALONE = 0.75
+"""Nothing that timing alone says of a hang is surer than this."""
 
 
 def stall(table: Table, found: Stall, timeout_s: float, limits: Thresholds, now: float) -> Finding:
@@ -42,10 +44,11 @@ def _root_stall(
 ) -> Finding:
     culprit = culprit_of(table, found.roots, limits)
     where = _group_words(table, found.group)
+    are = ("have", "they wait") if culprit.scope is Scope.RANKS else ("has", "it waits")
     sentence = (
-        f"{culprit} has not entered operation {found.seq} of {where} for "
+        f"{culprit} {are[0]} not entered operation {found.seq} of {where} for "
         f"{now - found.since:.1f} s; {len(found.waiting)} ranks wait, directly or through other "
-        "groups, and it waits in none"
+        f"groups, and {are[1]} in none"
     )
     confidence = _surety(found, timeout_s, now)
     return _hang(table, found, Kind.NON_COMMUNICATION_HANG, culprit, confidence, sentence, now)
@@ -145,6 +148,35 @@ def _hang(
         },
         suspects=_stopped_first(table, culprit.ranks),
         victims=len(np.setdiff1d(found.waiting, culprit.ranks)),
+    )
+
+
+def confirmed(table: Table, finding: Finding, ranks: Sequence[int], limits: Thresholds) -> Finding:
+    """A hang of `ranks`, which were seen to hang."""
+    if set(ranks) == set(finding.culprit.ranks):
+        return replace(finding, confidence=_SURE)
+    culprit = culprit_of(table, np.array(sorted(ranks)), limits)
+    sentence = f"{finding.sentence}; by the second witness it is {culprit}"
+    return replace(finding, culprit=culprit, sentence=sentence, confidence=_SURE)
+
+
+def unseen(table: Table, finding: Finding, ranks: Sequence[int]) -> Finding:
+    """What it is when none is left to wait for: `ranks` are all in operations that are not seen."""
+    nodes = table.node_names(list(ranks))
+    scope = Scope.NODES if len(nodes) > 1 else Scope.NODE
+    several = "s" if len(ranks) > 1 else ""
+    return replace(
+        finding,
+        kind=Kind.COMMUNICATION_HANG,
+        culprit=Culprit(scope, tuple(ranks), nodes),
+        confidence=_TIMING_ALONE / (len(nodes) + 1),
+        sentence=(
+            f"{finding.sentence}; but the process{'es' if several else ''} of rank{several} "
+            f"{listed(ranks)} wait{'' if several else 's'} in communication that is not recorded, "
+            "such as a send or receive, and no rank is elsewhere: so that is what is stuck"
+        ),
+        suspects=tuple(ranks),
+        peers_unknown=True,
     )
 
 
@@ -325,7 +357,7 @@ def _group_words(table: Table, group: int) -> str:
 
 def _surety(found: Stall, timeout_s: float, now: float) -> float:
     """A half when the time-out has just run out, and more the longer it lasts."""
-    return min(_SURE, 1 - timeout_s / (2 * max(now - found.since, timeout_s)))
+    return min(_TIMING_ALONE, 1 - timeout_s / (2 * max(now - found.since, timeout_s)))
 
 
 def _strength(strength: float) -> float:

@@ -81,6 +81,8 @@ class Finding:
     """Ranks that wait, directly or not, for the culprit."""
     measured: bool = False
     """Transfers between agents show the culprit, too."""
+    peers_unknown: bool = False
+    """With whom the suspects communicate is not recorded: it may be another node."""
 
 
 SUSPECTS_MAX = 64

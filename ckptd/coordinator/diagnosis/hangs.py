@@ -160,6 +160,16 @@ def _stopped_first(table: Table, circle: Ints) -> Ints:
     return first
 
 
+def not_seen_to_wait(table: Table) -> Ints:
+    """Ranks that are in no operation, as far as is known: one of them may be what others wait for,
+    in operations that are not seen."""
+    used = slice(0, table.used)
+    rank = table.rank[used]
+    known = rank >= 0
+    waits = known & (table.entered[used] > table.ended[used])
+    return np.setdiff1d(rank[known], rank[waits]).astype(np.int64)
+
+
 def all_idle(table: Table, idle_s: float, stale_s: float, now: float) -> bool:
     """Whether all ranks stopped long ago, all are heard of, and none waits for another."""
     used = slice(0, table.used)

@@ -179,13 +179,15 @@ def narrow(finding: Finding, matrix: DelayMatrix, others: Sequence[str] = ()) ->
     """A finding about communication, with what the matrix says about its candidates.
 
     Where the matrix shows one of the candidates, or a link between two of them, to be slow, that is
-    the culprit; where it shows nothing, the finding stays as it is, and says so.
+    the culprit (or one of `others`, if with whom they communicate is not known); where it shows
+    nothing, the finding stays as it is, and says so.
     """
     candidates = finding.culprit.nodes
     if finding.culprit.scope not in (Scope.NODES, Scope.NODE, Scope.LINK) or len(candidates) < 1:
         return finding
     among = (*candidates, *others)
-    hot = [h for h in matrix.hot(among) if set(h.culprit.nodes) <= set(candidates)]
+    possible = set(among if finding.peers_unknown else candidates)
+    hot = [h for h in matrix.hot(among) if possible.issuperset(h.culprit.nodes)]
     if not hot:
         note = f"{NETWORK} shows nothing unusual between them"
         return replace(finding, evidence={**finding.evidence, "matrix": note})

@@ -440,6 +440,12 @@ class Supervisor:
         if judgement.verdict is Verdict.HANGS:
             self._open_incident(case, now)
             return
+        if judgement.waiting and not self.unseen:
+            other = self.detector.reconsidered(case.finding, judgement.waiting)
+            if other is not None:
+                case.finding, case.asked_at, case.look_at = other, 0.0, now
+                self._begin_probes(other, now)
+                return
         text = f"{judgement.verdict.value}: {judgement.reason}"
         if text != case.said:
             case.said = text
@@ -449,7 +455,7 @@ class Supervisor:
 
     def _open_incident(self, case: _Case, now: float) -> None:
         assert case.judgement is not None
-        case.finding = finding = self.detector.narrowed(case.finding, case.judgement.culprits)
+        case.finding = finding = self.detector.confirmed(case.finding, case.judgement.culprits)
         record = case.record = self._record(finding, now)
         record.detection_s = finding.found_at - finding.since
         record.witness = case.judgement.reason

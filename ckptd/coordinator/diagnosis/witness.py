@@ -6,7 +6,7 @@ anything is done, the suspects' processes are looked at twice. Pure functions.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ckptd.coordinator.diagnosis.finding import Finding, Kind, listed
@@ -45,7 +45,10 @@ class Judgement:
     doing: dict[int, Doing]
     culprits: tuple[int, ...] = ()
     """Suspects that were seen to hang, where the verdict is that. Give them to
-    `Detector.narrowed`: others may only have waited in what is not timed."""
+    `Detector.confirmed`: others may only have waited in what is not timed."""
+    waiting: tuple[int, ...] = ()
+    """All suspects, where each was seen to wait in a collective, though none is recorded. Give them
+    to `Detector.reconsidered`."""
     look_again_s: float = 0.0
     """In how many seconds to look again, where the verdict is to wait."""
 
@@ -114,7 +117,10 @@ def judge(
         return _hangs(reason, doing, ranks[Doing.BUSY])
     if finding.kind is Kind.COMMUNICATION_HANG:
         return _judge_transfer(ranks, doing, lasted_s, limits)
-    return _judge_absent(ranks, doing, samples, lasted_s, limits)
+    judgement = _judge_absent(ranks, doing, samples, lasted_s, limits)
+    if len(ranks[Doing.IN_COLLECTIVE]) == len(finding.suspects):
+        judgement = replace(judgement, waiting=finding.suspects)
+    return judgement
 
 
 def look(first: Look, last: Look, limits: WitnessLimits) -> Doing:
