@@ -74,6 +74,8 @@ def test_that_all_suspects_wait_is_said_only_if_all_were_seen() -> None:
     both = finding(Kind.NON_COMMUNICATION_HANG, 3, 4)
     assert judge(both, {3: waits, 4: waits}, 102.0).waiting == (3, 4)
     assert judge(both, {3: waits}, 102.0).waiting == ()
+    soon = judge(both, {3: waits, 4: (FIRST, LATER)}, 98.0)
+    assert (soon.verdict, soon.waiting, soon.absent) == (Verdict.WAIT, (), (4,))
 
 
 def test_what_cannot_be_looked_at_proves_nothing() -> None:

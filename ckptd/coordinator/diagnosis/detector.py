@@ -115,9 +115,13 @@ class Detector:
             news += self._end_window(now)
         return news
 
+    def narrowed(self, finding: Finding, ranks: Sequence[int]) -> Finding:
+        """A hang of `ranks`, when the second witness has seen the other suspects wait."""
+        return explain.narrowed(self.table, finding, ranks, self.thresholds)
+
     def confirmed(self, finding: Finding, ranks: Sequence[int]) -> Finding:
         """A hang, when the second witness has seen it, of `ranks` if it could tell of whom."""
-        return explain.confirmed(self.table, finding, ranks, self.thresholds) if ranks else finding
+        return replace(self.narrowed(finding, ranks), confidence=explain.SURE) if ranks else finding
 
     def reconsidered(self, finding: Finding, waiting: Sequence[int]) -> Finding | None:
         """A hang of which all suspects were seen to wait, `waiting`, though in nothing recorded.

@@ -19,7 +19,7 @@ from ckptd.coordinator.diagnosis.slowness import Verdicts
 from ckptd.coordinator.diagnosis.table import Ints, Table
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
 
-_SURE = 0.99
+SURE = 0.99
 _TIMING_ALONE = 0.75
 """Nothing that timing alone says of a hang is surer than this."""
 
@@ -118,7 +118,7 @@ def _mismatch(
         f"as operation {seq} of {_group_words(table, group)} not all ranks have called the same: "
         f"{culprit} has called {called}, others {usual}; the program takes another way there"
     )
-    return _hang(table, found, Kind.COMMUNICATION_HANG, culprit, _SURE, sentence, now)
+    return _hang(table, found, Kind.COMMUNICATION_HANG, culprit, SURE, sentence, now)
 
 
 def _hang(
@@ -151,13 +151,13 @@ def _hang(
     )
 
 
-def confirmed(table: Table, finding: Finding, ranks: Sequence[int], limits: Thresholds) -> Finding:
-    """A hang of `ranks`, which were seen to hang."""
+def narrowed(table: Table, finding: Finding, ranks: Sequence[int], limits: Thresholds) -> Finding:
+    """A hang of `ranks`, when the second witness has seen the other suspects wait."""
     if set(ranks) == set(finding.culprit.ranks):
-        return replace(finding, confidence=_SURE)
+        return finding
     culprit = culprit_of(table, np.array(sorted(ranks)), limits)
     sentence = f"{finding.sentence}; by the second witness it is {culprit}"
-    return replace(finding, culprit=culprit, sentence=sentence, confidence=_SURE)
+    return replace(finding, culprit=culprit, sentence=sentence)
 
 
 def unseen(table: Table, finding: Finding, ranks: Sequence[int]) -> Finding:
@@ -362,7 +362,7 @@ def _surety(found: Stall, timeout_s: float, now: float) -> float:
 
 def _strength(strength: float) -> float:
     """A half for what is just enough for a finding, and more the stronger it is."""
-    return min(_SURE, 1 - 0.5 / max(strength, 0.5))
+    return min(SURE, 1 - 0.5 / max(strength, 0.5))
 
 
 def _ms(seconds: float) -> str:

@@ -446,6 +446,8 @@ class Supervisor:
                 case.finding, case.asked_at, case.look_at = other, 0.0, now
                 self._begin_probes(other, now)
                 return
+        if judgement.absent and len(case.finding.culprit.ranks) > 1:
+            case.finding = self.detector.narrowed(case.finding, judgement.absent)
         text = f"{judgement.verdict.value}: {judgement.reason}"
         if text != case.said:
             case.said = text

@@ -49,6 +49,8 @@ class Judgement:
     waiting: tuple[int, ...] = ()
     """All suspects, where each was seen to wait in a collective, though none is recorded. Give them
     to `Detector.reconsidered`."""
+    absent: tuple[int, ...] = ()
+    """Suspects that were seen elsewhere, where all others were seen to wait in a collective."""
     look_again_s: float = 0.0
     """In how many seconds to look again, where the verdict is to wait."""
 
@@ -97,11 +99,26 @@ def judge(
     """Whether the suspects of a hang really hang. `samples`: first and last of each rank."""
     limits = limits or WitnessLimits()
     doing = {rank: look(first, last, limits) for rank, (first, last) in samples.items()}
-    lasted_s = now - finding.since
     seen = [rank for rank in finding.suspects if doing.get(rank, Doing.UNKNOWN) != Doing.UNKNOWN]
     if not seen:
         return _wait("none of the suspects could be looked at", doing, limits)
     ranks = {what: [rank for rank in seen if doing[rank] is what] for what in Doing}
+    absent = tuple(rank for rank in seen if doing[rank] is not Doing.IN_COLLECTIVE)
+    judgement = _judge_seen(finding, ranks, doing, samples, now, limits)
+    if finding.kind is Kind.COMMUNICATION_HANG or len(seen) < len(finding.suspects):
+        return judgement
+    return replace(judgement, absent=absent, waiting=() if absent else finding.suspects)
+
+
+def _judge_seen(
+    finding: Finding,
+    ranks: Mapping[Doing, list[int]],
+    doing: dict[int, Doing],
+    samples: Mapping[int, tuple[Look, Look]],
+    now: float,
+    limits: WitnessLimits,
+) -> Judgement:
+    lasted_s = now - finding.since
     if ranks[Doing.GONE]:
         return Judgement(Verdict.DIED, _says(ranks, Doing.GONE), doing)
     if ranks[Doing.STOPPED]:
@@ -117,10 +134,7 @@ def judge(
         return _hangs(reason, doing, ranks[Doing.BUSY])
     if finding.kind is Kind.COMMUNICATION_HANG:
         return _judge_transfer(ranks, doing, lasted_s, limits)
-    judgement = _judge_absent(ranks, doing, samples, lasted_s, limits)
-    if len(ranks[Doing.IN_COLLECTIVE]) == len(finding.suspects):
-        judgement = replace(judgement, waiting=finding.suspects)
-    return judgement
+    return _judge_absent(ranks, doing, samples, lasted_s, limits)
 
 
 def look(first: Look, last: Look, limits: WitnessLimits) -> Doing:
