@@ -1,10 +1,10 @@
 """PyTorch's Flight Recorder, read from outside: its JSON becomes `Collective` records.
 
-Pure: bytes in, records out. Whatever a trainer answers, malformed or of another version, costs
-records, never more.
+PyTorch has two: one for operations on the processor (gloo), and one for those on streams of a GPU
+(NCCL), where an event tells that an operation has ended. Pure: bytes in, records out. Whatever a
+trainer answers, malformed or of another version, costs records, never more.
 """
 
-import re
 from dataclasses import dataclass, field
 from math import prod
 from typing import Annotated
@@ -37,7 +37,6 @@ _OPS = {
     "all_to_all_base": "all_to_all",
     "alltoall_base": "all_to_all",
 }
-_PAIR = re.compile(r"(send|recv) (\d+)(?:->|<-)(\d+)")
 
 
 _Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -56,7 +55,6 @@ class _Entry(msgspec.Struct):
     state: str = ""
     duration_ms: float | None = None
     is_p2p: bool = False
-    p2p_seq_id: _Number = 0
     input_sizes: list[Annotated[list[_Number], msgspec.Meta(max_length=64)]] = []
     input_dtypes: list[str] = []
 
@@ -79,24 +77,29 @@ class Reading:
 class RecorderReader:
     """Reads the answers of one process, one after the other."""
 
-    def __init__(self, rank: int, began_at: float) -> None:
-        """`began_at`: start of the process, in seconds since the epoch; nothing is older."""
-        self._rank, self.began_at = rank, began_at
+    def __init__(self, rank: int, began_at: float, on_streams: bool = False) -> None:
+        """`began_at`: start of the process, in seconds since the epoch; nothing is older.
+
+        `on_streams`: it is the recorder of NCCL.
+        """
+        self._rank, self.began_at, self._on_streams = rank, began_at, on_streams
         self._last_id = -1
         self._last: dict[str, int] = {}
         """By group, the sequence number of its newest collective."""
         self._open: dict[int, Collective] = {}
         """By record id, what has not ended yet."""
+        self._is_timed = False
+        """Whether it has told a duration: TORCH_NCCL_ENABLE_TIMING=1."""
+        self._untimed: set[int] = set()
+        """Ids of what had ended at the last answer, its duration not told yet."""
         self.problems: set[str] = set()
         """What this version of the recorder does not tell."""
 
-    def take(
-        self, raw: bytes, now: float, ranks: dict[str, tuple[int, ...]] | None = None
-    ) -> Reading:
+    def take(self, raw: bytes, now: float) -> Reading:
         """What is new since the last answer. Raises ProtocolError if it is no recorder's.
 
-        `now`: when it was asked for. `ranks`: of the groups that are known, to tell who the peer
-        of a point-to-point operation is.
+        `now`: when it was asked for. Sends and receives are left out: the recorder numbers them on
+        each rank apart, so that no two ends can be matched.
         """
         try:
             dump = msgspec.json.decode(raw, type=_Dump)
@@ -112,8 +115,9 @@ class RecorderReader:
         entries = self._sensible(dump.entries, now, reading)
         self._restart_if_emptied(entries)
         for entry in _of_newest_groups(entries):
-            self._take_entry(entry, now, ranks or {}, reading)
+            self._take_entry(entry, now, reading)
         oldest = min((entry.record_id for entry in entries), default=0)
+        self._untimed = {id for id in self._untimed if id in self._open}
         self._open = {id: each for id, each in self._open.items() if id >= oldest}
         return reading
 
@@ -149,11 +153,10 @@ class RecorderReader:
         if entries and entries[-1].record_id < self._last_id:
             self._last_id = -1
             self._open.clear()
+            self._untimed.clear()
             self._last.clear()
 
-    def _take_entry(
-        self, entry: _Entry, now: float, ranks: dict[str, tuple[int, ...]], reading: Reading
-    ) -> None:
+    def _take_entry(self, entry: _Entry, now: float, reading: Reading) -> None:
         before = self._open.get(entry.record_id)
         if before is not None:
             if self._ended(entry):
@@ -165,9 +168,10 @@ class RecorderReader:
         if entry.record_id <= self._last_id:
             return
         self._last_id = entry.record_id
-        record = self._collective(entry, now, ranks)
-        if not entry.is_p2p:
-            self._note_gap(record, reading)
+        if entry.is_p2p:
+            return
+        record = self._collective(entry, now)
+        self._note_gap(record, reading)
         reading.collectives.append(record)
         if not record.ended:
             self._open[entry.record_id] = record
@@ -180,31 +184,35 @@ class RecorderReader:
             reading.gaps.append(Gap(record.group, last + 1, record.seq - 1))
         self._last[record.group] = record.seq
 
-    def _collective(
-        self, entry: _Entry, now: float, ranks: dict[str, tuple[int, ...]]
-    ) -> Collective:
-        group = entry.process_group[0]
-        op, peer = _op(entry.profiling_name, ranks.get(group, ()))
+    def _collective(self, entry: _Entry, now: float) -> Collective:
         exact = entry.time_created_ns > 0
         if not exact:
             self.problems.add("the recorder does not tell when an operation was entered")
         return Collective(
-            group=group,
-            seq=entry.p2p_seq_id if entry.is_p2p else entry.collective_seq_id,
-            op=op,
+            group=entry.process_group[0],
+            seq=entry.collective_seq_id,
+            op=_op(entry.profiling_name),
             size_bytes=_size(entry),
             rank=self._rank,
             entered_at=entry.time_created_ns / 1e9 if exact else now,
             resolution_s=_EXACT_S if exact else 1.0,
             ended=self._ended(entry),
             duration_s=self._duration_s(entry),
-            peer=peer,
         )
 
     def _ended(self, entry: _Entry) -> bool:
         if entry.retired is None and not entry.state:
             self.problems.add("the recorder does not tell which operations have ended")
-        return bool(entry.retired) or entry.state == "completed"
+        if not self._on_streams:
+            return bool(entry.retired) or entry.state == "completed"
+        if entry.state != "completed":
+            return False  # if it is retired all the same, its time was up
+        self._is_timed = self._is_timed or entry.duration_ms is not None
+        if not self._is_timed or entry.duration_ms is not None or entry.record_id in self._untimed:
+            return True
+        # The recorder knows that it has ended before the watchdog, which takes its duration.
+        self._untimed.add(entry.record_id)
+        return False
 
     def _duration_s(self, entry: _Entry) -> float | None:
         known = entry.duration_ms is not None and 0 <= entry.duration_ms < 1e9
@@ -229,14 +237,10 @@ def _of_newest_groups(entries: list[_Entry]) -> list[_Entry]:
     return [e for place, e in enumerate(entries) if place >= begins.get(e.process_group[0], 0)]
 
 
-def _op(profiling_name: str, ranks: tuple[int, ...]) -> tuple[str, int | None]:
-    """ "nccl:send 0->1" is a send to the second rank of its group."""
+def _op(profiling_name: str) -> str:
+    """Without the backend's name."""
     name = profiling_name.partition(":")[2] or profiling_name
-    pair = _PAIR.fullmatch(name)
-    if pair is None:
-        return _OPS.get(name, name)[:40], None
-    other = int(pair[3])
-    return pair[1], ranks[other] if other < len(ranks) else None
+    return _OPS.get(name, name)[:40]
 
 
 def _size(entry: _Entry) -> int:

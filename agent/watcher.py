@@ -18,7 +18,7 @@ import msgspec
 import structlog
 
 from ckptd.agent import worker_client
-from ckptd.agent.flight_recorder import RecorderReader
+from ckptd.agent.flight_recorder import Reading, RecorderReader
 from ckptd.agent.timing_ring import TimingReader
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.errors import CorruptData, Gone, ProtocolError
@@ -187,7 +187,7 @@ class _Trainer:
         self._groups: tuple[GroupInfo, ...] = ()
         self._told_groups: tuple[GroupInfo, ...] = ()
         self._stamps: dict[str, tuple[int, int]] = {}
-        self._recorder: RecorderReader | None = None
+        self._recorders: dict[str, RecorderReader] = {}
         self._ring: RingReader | None = None
         self._timing: TimingReader | None = None
         self._open_since: dict[tuple[str, int, str], float] = {}
@@ -236,8 +236,8 @@ class _Trainer:
             self.view.silent_since += by_s
         if self.view.looks_wrong_since is not None:
             self.view.looks_wrong_since += by_s
-        if self._recorder is not None:
-            self._recorder.began_at += by_s
+        for recorder in self._recorders.values():
+            recorder.began_at += by_s
         if self._timing is not None:
             self._timing.began_at += by_s
 
@@ -334,15 +334,17 @@ class _Trainer:
         told = self.view.introduction
         if not told.socket or not told.recorder_entries or "/" in told.socket:
             return None
-        if self._recorder is None:
-            self._recorder = RecorderReader(told.rank, began_at(told.started_ticks))
         began = time.perf_counter()
+        on_streams = {info.group for info in self._groups if info.enqueued}
+        found, gaps, dropped = [], [], 0
         try:
-            raw = await worker_client.ask(
-                self._base / told.socket, worker_client.ENTRIES, self._pace.deadline_s
-            )
-            ranks = {info.group: info.ranks for info in self._groups}
-            reading = self._recorder.take(raw, now, ranks)
+            for handler in self._recorders_to_ask():
+                reading = await self._ask_one(handler, now)
+                # A group with two backends counts in each: those on streams are followed.
+                own = on_streams if handler == worker_client.ENTRIES else set()
+                found += [each for each in reading.collectives if each.group not in own]
+                gaps += [gap for gap in reading.gaps if gap.group not in own]
+                dropped += reading.dropped
         except (TimeoutError, Gone):
             if self.view.silent_since is None:
                 self.view.silent_since = now
@@ -353,8 +355,26 @@ class _Trainer:
         finally:
             self.view.answer_s = time.perf_counter() - began
         self.view.silent_since = None
-        self._notes |= self._recorder.problems
-        return self._observed("recorder", now, reading.collectives, reading.gaps, reading.dropped)
+        return self._observed("recorder", now, found, gaps, dropped)
+
+    def _recorders_to_ask(self) -> list[str]:
+        """That of NCCL if a group is its; that of gloo if one is, or none is known."""
+        on_streams = [info.enqueued for info in self._groups]
+        on_processor = [not info.enqueued or "gloo" in info.backend for info in self._groups]
+        handlers = [worker_client.ENTRIES_OF_NCCL] if any(on_streams) else []
+        return [*handlers, worker_client.ENTRIES] if any(on_processor) or not handlers else handlers
+
+    async def _ask_one(self, handler: str, now: float) -> Reading:
+        told = self.view.introduction
+        if handler not in self._recorders:
+            on_streams = handler == worker_client.ENTRIES_OF_NCCL
+            began = began_at(told.started_ticks)
+            self._recorders[handler] = RecorderReader(told.rank, began, on_streams)
+        recorder = self._recorders[handler]
+        raw = await worker_client.ask(self._base / told.socket, handler, self._pace.deadline_s)
+        reading = recorder.take(raw, now)
+        self._notes |= recorder.problems
+        return reading
 
     # Pace.
 

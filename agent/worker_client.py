@@ -10,6 +10,8 @@ from pathlib import Path
 from ckptd.errors import Gone, ProtocolError
 
 ENTRIES = "fr_trace_json"
+ENTRIES_OF_NCCL = "dump_nccl_trace_json"
+"""There if PyTorch was built with NCCL; the other one has nothing of it."""
 STACKS = "dump_traceback"
 NATIVE_STACKS = "pyspy_dump"
 ANSWER_LIMIT_BYTES = 16 << 20

@@ -243,11 +243,17 @@ def process_groups() -> list[GroupInfo]:
         GroupInfo(
             group=str(name),
             ranks=tuple(dist.get_process_group_ranks(group)),
-            backend=str(dist.get_backend(group)),
+            backend=_backend(group),
             description=str(getattr(group, "group_desc", "") or ""),
         )
         for group, name in list(world.pg_names.items())
     ]
+
+
+def _backend(group: dist.ProcessGroup) -> str:
+    """One, or several by device; PyTorch calls those that it has chosen itself "undefined"."""
+    name = str(dist.get_backend(group))
+    return str(dist.get_backend_config(group)) if name == "undefined" else name
 
 
 def dump_recorder(entries: bool) -> bytes:
@@ -271,12 +277,17 @@ def _groups_made() -> int:
 def _pulse() -> Pulse:
     """Counters of the recorder, which cost microseconds, without its entries."""
     try:
+        from torch._C import _distributed_c10d as c10d
+
         told = msgspec.json.decode(dump_recorder(entries=False))
-        status = told.get("pg_status", {}).items()
+        status = dict(told.get("pg_status", {}))
+        if hasattr(c10d, "_dump_nccl_trace_json"):
+            told = msgspec.json.decode(c10d._dump_nccl_trace_json(False, False))
+            status |= {f"nccl {group}": each for group, each in told["pg_status"].items()}
         return Pulse(
             time.time(),
-            {group: int(each["last_enqueued_collective"]) for group, each in status},
-            {group: int(each["last_completed_collective"]) for group, each in status},
+            {group: int(each["last_enqueued_collective"]) for group, each in status.items()},
+            {group: int(each["last_completed_collective"]) for group, each in status.items()},
         )
     except Exception:  # another version of it: the pulse says only that there is one
         return Pulse(time.time())

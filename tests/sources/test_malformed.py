@@ -105,18 +105,6 @@ def test_another_version_of_the_recorder_degrades_and_says_so():
     assert any("missing required field" in text for text in read.problems)
 
 
-def test_a_send_of_nccl_names_its_peer():
-    found = reader().take(
-        dump(
-            entry(0, 0, is_p2p=True, p2p_seq_id=4, profiling_name="nccl:send 0->1"),
-            entry(1, 0, is_p2p=True, p2p_seq_id=5, profiling_name="nccl:recv 0<-2"),
-        ),
-        NOW,
-        {"0": (7, 9)},
-    )
-    assert [(r.op, r.seq, r.peer) for r in found.collectives] == [("send", 4, 9), ("recv", 5, None)]
-
-
 def test_answers_of_any_shape_cost_records_and_nothing_else():
     dice = random.Random(1)
     whole = dump(*[entry(n, n + 1) for n in range(20)])
