@@ -12,9 +12,10 @@ from pathlib import Path
 
 import structlog
 
-from ckptd.agent import incident, witness
+from ckptd.agent import incident, ras, witness
 from ckptd.agent.watcher import Pace, TrainerView, Watcher
 from ckptd.collectives import Collective, GroupInfo
+from ckptd.errors import Gone, ProtocolError
 from ckptd.watching import Introduction, Observed, trainers_dir
 
 _SAY_EVERY_S = 1.0
@@ -81,6 +82,26 @@ class Diagnosis:
         directory = self._watcher.directory
         looks = [witness.sample_twice(told, directory, apart_s) for told in shown]
         return list(await asyncio.gather(*looks))
+
+    async def counts(self, job: str, shown: Sequence[Introduction]) -> ras.Counts | None:
+        """What NCCL itself counts of the job, of which these trainers are here.
+
+        None where it is not in use, or does not answer, which is told.
+        """
+        groups = self._groups.get(job, {}).values()
+        addresses = {told.ras for told in shown if told.ras}
+        if not addresses or not any(info.enqueued for info in groups):
+            return None
+        trainers = {told.pid: told.rank for told in shown}
+        world_size = max(told.world_size for told in shown)
+        address = min(addresses)
+        try:
+            raw = await ras.ask(address)
+            return await asyncio.to_thread(ras.read, raw, trainers, world_size)
+        except (TimeoutError, Gone, ProtocolError) as error:
+            why = str(error) or "no answer in time"
+            self._tell_once(f"NCCL's own counts (RAS, at {address}) are not seen: {why[:200]}")
+            return None
 
     async def collect(self, job: str, reason: str, apart_s: float = 1.0) -> Path:
         """Write an incident folder of this node's part of the job; returns it. Raises OSError."""

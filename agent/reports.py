@@ -27,6 +27,7 @@ from ckptd.wire import (
     Clock,
     Collect,
     Collected,
+    Counted,
     DiagnosisOrder,
     KillWorkers,
     Look,
@@ -212,6 +213,8 @@ class Reports:
             case LookAt():
                 self.diagnosis.hurry(_HURRY_S)
                 self._begin(("look", order.job, order.life, order.finding), self._look(order))
+                if order.counts:
+                    self._begin(("count", order.job), self._count(order))
             case Collect():
                 self._begin(("collect", order.job, order.incident), self._collect(order))
             case KillWorkers():
@@ -251,6 +254,16 @@ class Reports:
             )
             looks[second.rank] = looks_of(first, second, cpu_s, int(moved))
         self._send(Looked(order.job, order.life, order.finding, looks))
+
+    async def _count(self, order: LookAt) -> None:
+        """Apart from the looks, which must not wait for it."""
+        counts = await self.diagnosis.counts(order.job, self._shown(order.job, order.life))
+        if counts is not None:
+            self._send(
+                Counted(
+                    order.job, order.life, order.finding, counts.behind, counts.silent, counts.text
+                )
+            )
 
     async def _collect(self, order: Collect) -> None:
         try:

@@ -109,6 +109,8 @@ class WatchConfig:
     """Size of PyTorch's Flight Recorder, as it is set; 0: off, -1: not set."""
     place: Place = field(default_factory=Place)
     """Where the scheduler runs it, as far as it says."""
+    ras: str = ""
+    """Where NCCL's RAS listens, as NCCL_RAS_ADDR says; "": NCCL_RAS_ENABLE is 0."""
 
 
 def watch_config(environ: Mapping[str, str] = os.environ) -> WatchConfig:
@@ -123,7 +125,15 @@ def watch_config(environ: Mapping[str, str] = os.environ) -> WatchConfig:
         timing=environ.get(ENV_TIMING, "0") in ("1", "true", "yes"),
         recorder_entries=int(entries) if entries.lstrip("-").isdecimal() else -1,
         place=_place(environ),
+        ras=_ras(environ),
     )
+
+
+def _ras(environ: Mapping[str, str]) -> str:
+    """NCCL's own variables, with NCCL's defaults."""
+    if environ.get("NCCL_RAS_ENABLE", "1") == "0":
+        return ""
+    return environ.get("NCCL_RAS_ADDR", "localhost:28028")[:256]
 
 
 def _place(environ: Mapping[str, str]) -> Place:

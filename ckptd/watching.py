@@ -78,6 +78,8 @@ class Introduction(msgspec.Struct, frozen=True):
     launcher_ticks: int = 0
     paused: Paused | None = None
     place: Place = Place()
+    ras: str = ""
+    """HOST:PORT at which NCCL's RAS answers, if it runs; "": it is off."""
 
 
 class Pulse(msgspec.Struct, frozen=True):

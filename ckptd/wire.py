@@ -448,6 +448,19 @@ class Looked(Message, frozen=True):
     looks: dict[int, tuple[Look, Look]]
 
 
+class Counted(Message, frozen=True):
+    """Answer to LookAt with `counts`, where NCCL answers: who lags by its own counts."""
+
+    job: JobId
+    life: Count
+    finding: Count
+    behind: tuple[Rank, ...]
+    """Have launched fewer operations than others of a communicator."""
+    silent: tuple[Rank, ...]
+    """Of these NCCL has no answer."""
+    text: str
+
+
 class Collected(Message, frozen=True):
     """Answer to Collect: where the incident's folder is on this node, or the problem.
 
@@ -510,6 +523,7 @@ AgentMessage = (
     | Kept
     | Sketched
     | Looked
+    | Counted
     | Collected
     | Clock
     | Transferred
@@ -676,12 +690,16 @@ class TellAll(Message, frozen=True):
 
 
 class LookAt(Message, frozen=True):
-    """Look twice at those of these ranks that are on this node; answered by Looked."""
+    """Look twice at those of these ranks that are on this node; answered by Looked.
+
+    `counts`: ask NCCL what it counts, too; answered by Counted, if NCCL answers.
+    """
 
     job: JobId
     life: Count
     finding: Count
     ranks: tuple[Rank, ...]
+    counts: bool = False
 
 
 class Collect(Message, frozen=True):

@@ -55,6 +55,7 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.AgentToLauncher, wire.Here("a", "127.0.0.1")),
     (wire.PeerRequest, wire.GetEncoded(ID, 0, 2**40, 1)),
     (wire.PeerReply, wire.Payload(4096, 2**64 - 1)),
+    (wire.AgentMessage, wire.Counted("job", 2, 3, (1,), (), "why")),
     (wire.AgentMessage, wire.Collected("job", 2, 1, "/x", "", {0: Place("77", "node-1")})),
     (wire.AgentMessage, wire.Probed("job", 2, 3, (wire.Transfer("a", 1, 9, float("inf")),))),
     (wire.CoordinatorMessage, wire.Hasten(ID)),

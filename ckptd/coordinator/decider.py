@@ -62,6 +62,7 @@ from ckptd.wire import (
     Collected,
     Commit,
     CoordinatorMessage,
+    Counted,
     Dismiss,
     Drop,
     Entries,
@@ -259,7 +260,9 @@ class Coordinator:
                     node.launchers.discard(message.job)
                 if message.job in self.jobs:
                     self._fill_vacancies(self.jobs[message.job], now)
-            case Sketched() | Looked() | Collected() | Clock() | Transferred() | Probed():
+            case (
+                Sketched() | Looked() | Counted() | Collected() | Clock() | Transferred() | Probed()
+            ):
                 self.supervisors.heard(name, message, now)
         return self._flush()
 

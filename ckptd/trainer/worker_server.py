@@ -81,6 +81,7 @@ class Shown:
             world_size=config.world_size,
             recorder_entries=self._recorder(config),
             place=config.place,
+            ras=config.ras,
             launcher_pid=(launcher := launcher_of(os.getpid())),
             launcher_ticks=started_ticks(launcher) if launcher else 0,
         )

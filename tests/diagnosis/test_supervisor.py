@@ -29,6 +29,7 @@ from ckptd.wire import (
     Clock,
     Collect,
     Collected,
+    Counted,
     KillWorkers,
     Look,
     LookAt,
@@ -501,3 +502,51 @@ def test_clocks_are_asked_and_the_fastest_answer_counts() -> None:
     assert offset.ahead_s == pytest.approx(7.0)
     assert offset.error_s < 0.002
     assert job.all.clocks.offset("stranger", 0.0).error_s > 10
+
+
+def counted(job: Job, *behind: int, silent: tuple[int, ...] = ()) -> None:
+    (asked, *_) = job.ordered(LookAt)
+    assert asked.message.counts
+    said = Counted(JOB, 1, asked.message.finding, behind, silent, "rank 1 launched 41 of 42")
+    job.all.heard(asked.node, said, job.now)
+    job.tick()
+
+
+def test_counts_of_nccl_are_evidence_and_decide_nothing() -> None:
+    job = Job(does=WAITS)
+    job.run(60)
+    job.run(40, hung=True)
+    counted(job, 1)
+    job.run(20, hung=True, entered=0)
+    assert job.ordered(KillWorkers) == []  # as the second witness says
+    (note,) = [note for note in job.notes if note.kind == "nccl_counts"]
+    assert note.text == "NCCL's own counts agree: rank 1 launched 41 of 42"
+
+
+@pytest.mark.parametrize(
+    ("behind", "silent", "said"),
+    [
+        ((1,), (), "agree: rank 1 launched"),
+        ((), (1,), "agree: rank 1 launched"),
+        ((0,), (), "disagree, by them 0 lag: rank 1"),
+        ((), (), "disagree, by them nobody lags: rank 1"),
+    ],
+)
+def test_counts_of_nccl_are_in_the_incident_also_where_they_disagree(
+    job: Job, behind: tuple[int, ...], silent: tuple[int, ...], said: str
+) -> None:
+    job.run(40, hung=True)
+    counted(job, *behind, silent=silent)
+    (record,) = job.all.records.values()
+    assert said in str(record.evidence["nccl"])
+    assert any(said in text for _, text in record.timeline)
+    assert job.ordered(KillWorkers)
+
+
+def test_counts_for_what_is_over_are_dropped(job: Job) -> None:
+    job.run(40, hung=True)
+    job.all.heard("n1", Counted(JOB, 1, 999, (0,), (), "?"), job.now)
+    job.all.heard("n1", Counted(JOB, 7, 1, (0,), (), "?"), job.now)
+    job.all.heard("n1", Counted("other", 1, 1, (0,), (), "?"), job.now)
+    job.tick()
+    assert "nccl_counts" not in job.kinds()

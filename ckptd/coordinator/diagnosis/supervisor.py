@@ -28,6 +28,7 @@ from ckptd.coordinator.diagnosis.witness import (
     Verdict,
     WitnessLimits,
     judge,
+    weigh,
 )
 from ckptd.errors import ProtocolError
 from ckptd.journal import Body, Isolated, Restarts
@@ -38,6 +39,7 @@ from ckptd.wire import (
     Collect,
     Collected,
     CoordinatorMessage,
+    Counted,
     KillWorkers,
     Look,
     LookAt,
@@ -60,6 +62,8 @@ _KILLS = 10
 _TELL_ALL_S = 0.5
 _SIGHT_S = 15.0
 _STACK_LINES_KEPT = 30
+_COUNTING_NODES = 2
+"""Each answer is for the whole job: a second node is asked in case the first one's is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,8 @@ class _Case:
     said: str = ""
     """What the witness said last."""
     judgement: Judgement | None = None
+    counts: str = ""
+    """What NCCL's own counts say of it."""
     record: IncidentRecord | None = None
     collect_until: float = 0.0
     places: dict[int, Place] = field(default_factory=dict)
@@ -221,6 +227,21 @@ class Supervisor:
             return
         case.looks.update(message.looks)
         case.awaited.discard(node)
+
+    def counted(self, message: Counted, now: float) -> None:
+        """NCCL's counts are evidence, and nothing else."""
+        case = self.case
+        if case is None or message.life != self.life.number:
+            return
+        if message.finding != case.finding.number:
+            return
+        said, case.counts = case.counts, weigh(case.finding, message)
+        if case.counts == said:
+            return
+        self._note("nccl_counts", case.counts, finding=case.finding.number)
+        if case.record is not None:
+            self._add_counts(case, now)
+            self._do(Remember(case.record.entry()))
 
     def collected(self, node: str, message: Collected) -> None:
         case = self.case
@@ -427,9 +448,13 @@ class Supervisor:
             ranks.setdefault(self._node_of(rank), []).append(rank)
         case.asked_at, case.looks, case.awaited = now, {}, {node for node in ranks if node}
         case.tries += 1
-        for node in sorted(case.awaited):
+        for place, node in enumerate(sorted(case.awaited)):
             order = LookAt(
-                self.job, self.life.number, case.finding.number, tuple(sorted(ranks[node]))
+                self.job,
+                self.life.number,
+                case.finding.number,
+                tuple(sorted(ranks[node])),
+                counts=place < _COUNTING_NODES,
             )
             self._tell(node, order)
 
@@ -469,6 +494,7 @@ class Supervisor:
             if rank in culprits and looks[1].stack
         }
         record.say(now + self._parent.wall_s, f"second witness: {case.judgement.reason}")
+        self._add_counts(case, now)
         reason = f"{finding.kind.value}: {finding.sentence}; {case.judgement.reason}"
         case.awaited = self._collect(record, reason)
         case.collect_until = now + _COLLECT_PATIENCE_S
@@ -476,6 +502,11 @@ class Supervisor:
             self._probing.pop(finding.number, None)
         elif "matrix" in finding.evidence:
             record.say(now + self._parent.wall_s, f"probes: {finding.evidence['matrix']}")
+
+    def _add_counts(self, case: _Case, now: float) -> None:
+        if case.record is not None and case.counts:
+            case.record.evidence["nccl"] = case.counts
+            case.record.say(now + self._parent.wall_s, case.counts)
 
     def _decide(self, case: _Case, now: float) -> None:
         record = case.record
@@ -649,6 +680,8 @@ class Supervisor:
             case.finding, record = narrowed, case.record
         if record is not None:
             record.describe(narrowed)
+            if case is not None and case.record is record and case.counts:
+                record.evidence["nccl"] = case.counts
             record.say(now + self._parent.wall_s, f"probes: {narrowed.evidence['matrix']}")
             self._do(Remember(record.entry()))
         if narrowed.measured:
@@ -756,7 +789,7 @@ class Supervisors:
     def heard(
         self,
         node: str,
-        message: Sketched | Looked | Collected | Clock | Transferred | Probed,
+        message: Sketched | Looked | Counted | Collected | Clock | Transferred | Probed,
         now: float,
     ) -> None:
         """Take in what an agent says."""
@@ -778,6 +811,8 @@ class Supervisors:
                     self.jobs[job].sketched(node, message, now)
             case Looked() if message.job in self.jobs:
                 self.jobs[message.job].looked(node, message, now)
+            case Counted() if message.job in self.jobs:
+                self.jobs[message.job].counted(message, now)
             case Collected() if message.job in self.jobs:
                 self.jobs[message.job].collected(node, message)
 

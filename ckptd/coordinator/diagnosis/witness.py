@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from ckptd.coordinator.diagnosis.finding import Finding, Kind, listed
-from ckptd.wire import Look
+from ckptd.wire import Counted, Look
 
 
 class Doing(Enum):
@@ -135,6 +135,17 @@ def _judge_seen(
     if finding.kind is Kind.COMMUNICATION_HANG:
         return _judge_transfer(ranks, doing, lasted_s, limits)
     return _judge_absent(ranks, doing, samples, lasted_s, limits)
+
+
+def weigh(finding: Finding, counted: Counted) -> str:
+    """Whether NCCL's own counts bear the finding out, in words. Nothing is decided on them."""
+    lagging = sorted({*counted.behind, *counted.silent})
+    named = set(finding.culprit.ranks or finding.suspects)
+    has_absent = finding.kind is Kind.NON_COMMUNICATION_HANG
+    if bool(named.intersection(lagging)) if has_absent else not counted.behind:
+        return f"NCCL's own counts agree: {counted.text}"
+    whom = f"by them {listed(lagging)} lag" if lagging else "by them nobody lags"
+    return f"NCCL's own counts disagree, {whom}: {counted.text}"
 
 
 def look(first: Look, last: Look, limits: WitnessLimits) -> Doing:
