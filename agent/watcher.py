@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import structlog
 
 from ckptd.agent import worker_client
 from ckptd.agent.flight_recorder import Reading, RecorderReader
+from ckptd.agent.inspector import InspectorReader
 from ckptd.agent.timing_ring import TimingReader
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.errors import CorruptData, Gone, ProtocolError
@@ -43,6 +45,8 @@ TRAINERS_LIMIT = 256
 _SCAN_EVERY_S = 0.5
 _CLOCK_SET_S = 0.5
 """Less is adjustment."""
+_FILES = ThreadPoolExecutor(1, "ckptd-inspector")
+"""Reads what lies on file systems of the users' choice: if one of these is stuck, only this is."""
 
 log = structlog.get_logger()
 
@@ -190,6 +194,8 @@ class _Trainer:
         self._recorders: dict[str, RecorderReader] = {}
         self._ring: RingReader | None = None
         self._timing: TimingReader | None = None
+        self._inspector: InspectorReader | None = None
+        self._inspecting: asyncio.Future[Reading] | None = None
         self._open_since: dict[tuple[str, int, str], float] = {}
         self._notes: set[str] = set()
         self._moved = time.time()
@@ -240,6 +246,8 @@ class _Trainer:
             recorder.began_at += by_s
         if self._timing is not None:
             self._timing.began_at += by_s
+        if self._inspector is not None:
+            self._inspector.began_at += by_s
 
     # What it shows.
 
@@ -284,10 +292,20 @@ class _Trainer:
             observed = await self._ask_recorder(now)
         if observed is None:
             observed = self._observed("", now)
-        groups = self._groups if self._groups is not self._told_groups else ()
-        self._told_groups = self._groups
+        timed = await self._read_inspector(now)
+        known = self._inspector.groups.values() if self._inspector is not None else ()
+        groups = (*self._groups, *known)
+        is_told = groups == self._told_groups
+        self._told_groups = groups
         self._follow_open(observed)
-        self._deliver(msgspec.structs.replace(observed, groups=groups))
+        self._deliver(
+            msgspec.structs.replace(
+                observed,
+                collectives=(*timed.collectives, *observed.collectives),
+                dropped=timed.dropped + observed.dropped,
+                groups=() if is_told else groups,
+            )
+        )
 
     def _observed(
         self,
@@ -375,6 +393,36 @@ class _Trainer:
         reading = recorder.take(raw, now)
         self._notes |= recorder.problems
         return reading
+
+    async def _read_inspector(self, now: float) -> Reading:
+        """How long operations took, where NCCL's Inspector tells and nothing better does."""
+        told = self.view.introduction
+        if not told.inspector or told.ring:
+            return Reading()
+        try:
+            if self._inspector is None:
+                began = began_at(told.started_ticks)
+                path = self._checked_inspector()
+                self._inspector = InspectorReader(path, told.pid, told.rank, began)
+            if self._inspecting is None:
+                loop = asyncio.get_running_loop()
+                self._inspecting = loop.run_in_executor(_FILES, self._inspector.read, now)
+            done, _ = await asyncio.wait([self._inspecting], timeout=self._pace.deadline_s)
+            if not done:
+                return Reading()  # it is told when it is there
+            reading, self._inspecting = self._inspecting, None
+            return reading.result()
+        except (OSError, CorruptData) as error:
+            self._notes.add(f"what NCCL's Inspector writes cannot be read: {error}")
+            return Reading()
+
+    def _checked_inspector(self) -> Path:
+        """Only such a file as the plugin writes for this process: the path comes from outside."""
+        told = self.view.introduction
+        path = Path(told.inspector)
+        if not path.is_absolute() or not path.name.endswith(f"-pid{told.pid}.log"):
+            raise CorruptData(f"{told.inspector[:200]} is not HOST-pid{told.pid}.log")
+        return path
 
     # Pace.
 

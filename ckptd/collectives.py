@@ -43,10 +43,18 @@ class GroupInfo(msgspec.Struct, frozen=True, array_like=True):
 
     group: str
     ranks: tuple[Count, ...]
-    """Its ranks, as ranks of the job."""
+    """Its ranks, as ranks of the job; empty where the source does not know them."""
     backend: str
     description: str = ""
     """What the program calls it, such as "tp" or "dp", where known."""
+    count: Count = 0
+    """How many ranks it has, where they are not known."""
+    times_only: bool = False
+    """Its operations are those of other groups, seen by a source that knows how long they took."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks) or self.count
 
     @property
     def enqueued(self) -> bool:

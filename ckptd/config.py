@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import gethostname
 
 from ckptd.erasure import AUTO, ENGINE_CHOICES
 from ckptd.errors import ConfigError
@@ -19,6 +20,8 @@ ENV_RENDEZVOUS = "CKPTD_RENDEZVOUS"
 ENV_ERASURE_ENGINE = "CKPTD_ERASURE_ENGINE"
 ENV_TIMING = "CKPTD_TIMING"
 ENV_WATCH = "CKPTD_WATCH"
+ENV_INSPECTOR_INTERVAL = "NCCL_INSPECTOR_DUMP_THREAD_INTERVAL_MICROSECONDS"
+INSPECTOR_INTERVAL_US = 1000
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 FLIGHT_RECORDER_SIZES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """PyTorch's names for the size of its recorder, in operations; the first one wins."""
@@ -111,6 +114,10 @@ class WatchConfig:
     """Where the scheduler runs it, as far as it says."""
     ras: str = ""
     """Where NCCL's RAS listens, as NCCL_RAS_ADDR says; "": NCCL_RAS_ENABLE is 0."""
+    inspector: str = ""
+    """Where NCCL's Inspector writes its file; "": NCCL_INSPECTOR_ENABLE is not 1."""
+    inspector_problem: str = ""
+    """Why it will not write there in time, and the way out."""
 
 
 def watch_config(environ: Mapping[str, str] = os.environ) -> WatchConfig:
@@ -126,7 +133,34 @@ def watch_config(environ: Mapping[str, str] = os.environ) -> WatchConfig:
         recorder_entries=int(entries) if entries.lstrip("-").isdecimal() else -1,
         place=_place(environ),
         ras=_ras(environ),
+        inspector=(inspector := _inspector(environ)),
+        inspector_problem=_inspector_problem(environ) if inspector else "",
     )
+
+
+def _inspector(environ: Mapping[str, str]) -> str:
+    """As the plugin itself makes it up (inspector.cc)."""
+    if environ.get("NCCL_INSPECTOR_ENABLE", "0") in ("", "0"):
+        return ""
+    job = environ.get("SLURM_JOBID", "")
+    folder = environ.get("NCCL_INSPECTOR_DUMP_DIR") or (
+        f"nccl-inspector-{job if job.isdecimal() else 'unknown-jobid'}"
+    )
+    return str(Path(folder).absolute() / f"{gethostname()}-pid{os.getpid()}.log")
+
+
+def _inspector_problem(environ: Mapping[str, str]) -> str:
+    if environ.get("NCCL_INSPECTOR_PROM_DUMP", "0") not in ("", "0"):
+        return (
+            "NCCL's Inspector is not read: unset NCCL_INSPECTOR_PROM_DUMP, so that it writes JSON"
+        )
+    interval = environ.get(ENV_INSPECTOR_INTERVAL, "")
+    if not interval.isdecimal() or int(interval) == 0:
+        return (
+            "NCCL's Inspector writes only when a communicator ends: set "
+            f"{ENV_INSPECTOR_INTERVAL}={INSPECTOR_INTERVAL_US}, or start the job with `ckptd run`"
+        )
+    return ""
 
 
 def _ras(environ: Mapping[str, str]) -> str:

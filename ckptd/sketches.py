@@ -50,6 +50,8 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     """Entering means that it was put on a stream of the GPU."""
     pair: tuple[Count, Count] | None = None
     """Source and destination, where this stands for the point-to-point operations of two ranks."""
+    times_only: bool = False
+    """Its operations are those of other parts, with how long they took."""
 
 
 class Samples(msgspec.Struct, frozen=True, array_like=True):
@@ -146,6 +148,8 @@ class _Track:
     done: deque[Collective] = field(default_factory=lambda: deque(maxlen=4096))
     """Ended since the last sketch."""
     waited_s: float = nan
+    is_summed: bool = True
+    """Whether `waited_s` lacks no operation that had a duration."""
 
 
 @dataclass(slots=True)
@@ -193,8 +197,10 @@ class Aggregator:
         self._resolution_s = max(self._resolution_s, record.resolution_s)
         self._note_sign(record)
         if record.seq > track.recorded:
-            if track.recorded:
+            if track.recorded and record.seq > track.recorded + 1:
                 self._unknown += record.seq - track.recorded - 1
+                if record.ended and record.duration_s is not None:
+                    track.is_summed, track.waited_s = False, nan
             track.recorded = record.seq
             track.entered = max(track.entered, record.seq)
             track.open[record.seq] = record
@@ -315,10 +321,12 @@ class Aggregator:
         track = self._tracks.get((group, rank))
         if track is not None:
             return track
-        size = len(info.ranks) if pair is None else 2
+        size = info.size if pair is None else 2
         part = self._parts.get(group)
         ranks = (*(part.ranks if part is not None else ()), rank)
-        self._parts[group] = Part(group, size, ranks, info.description, info.enqueued, pair)
+        self._parts[group] = Part(
+            group, size, ranks, info.description, info.enqueued, pair, info.times_only
+        )
         self._changed = True
         return self._tracks.setdefault((group, rank), _Track())
 
@@ -327,7 +335,8 @@ class Aggregator:
         if plain_op(record.op) not in MEETING:
             return
         if record.duration_s is not None:
-            track.waited_s = record.duration_s + _or_zero(track.waited_s)
+            if track.is_summed:
+                track.waited_s = record.duration_s + _or_zero(track.waited_s)
         elif record.peer is None:
             self._meet(record)
 
@@ -335,7 +344,7 @@ class Aggregator:
         """When the last rank of a group has told of an operation, all have waited for it."""
         ranks = self._parts[record.group].ranks
         info = self._groups[record.group]
-        if info.enqueued or len(ranks) != len(info.ranks):
+        if info.enqueued or len(ranks) != info.size:
             return
         meetings = self._meetings.setdefault(record.group, {})
         meeting = meetings.setdefault(record.seq, {})

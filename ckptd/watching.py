@@ -80,6 +80,8 @@ class Introduction(msgspec.Struct, frozen=True):
     place: Place = Place()
     ras: str = ""
     """HOST:PORT at which NCCL's RAS answers, if it runs; "": it is off."""
+    inspector: str = ""
+    """Path of the file that NCCL's Inspector writes for this process; "": it is off."""
 
 
 class Pulse(msgspec.Struct, frozen=True):

@@ -7,10 +7,12 @@ from torch.distributed import run as torchrun
 
 from ckptd.config import (
     ENV_AGENT,
+    ENV_INSPECTOR_INTERVAL,
     ENV_JOB,
     ENV_TIMING,
     FLIGHT_RECORDER_ENTRIES,
     FLIGHT_RECORDER_SIZES,
+    INSPECTOR_INTERVAL_US,
 )
 from ckptd.errors import ConfigError
 from ckptd.trainer import standby
@@ -18,6 +20,12 @@ from ckptd.trainer import standby
 # Measured: with torchrun's defaults the restarted workers of a gloo job reuse the launcher's store
 # with stale addresses and never come up; with stores of their own they do.
 _ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+# What NVIDIA's Inspector, if it is NCCL's profiler plugin, needs so that the agent can follow it.
+_INSPECTOR = {
+    "NCCL_INSPECTOR_ENABLE": "1",
+    ENV_INSPECTOR_INTERVAL: str(INSPECTOR_INTERVAL_US),
+    "NCCL_INSPECTOR_DUMP_MIN_SIZE_BYTES": "0",
+}
 # A dead node is given up after about 2 s instead of 15, and late nodes are not waited for.
 _RENDEZVOUS_CONF = {
     "is_host": "0",
@@ -34,7 +42,10 @@ def prepare_environment(job: str, agent: str | None, timing: bool = False) -> No
         os.environ[FLIGHT_RECORDER_SIZES[0]] = str(FLIGHT_RECORDER_ENTRIES)
     if timing:
         os.environ[ENV_TIMING] = "1"
-    for name, value in _ENVIRONMENT.items():
+    chosen = dict(_ENVIRONMENT)
+    if "inspector" in os.environ.get("NCCL_PROFILER_PLUGIN", "").lower():
+        chosen |= _INSPECTOR
+    for name, value in chosen.items():
         os.environ.setdefault(name, value)
     os.environ[ENV_JOB] = job
     if agent:

@@ -82,9 +82,12 @@ class Shown:
             recorder_entries=self._recorder(config),
             place=config.place,
             ras=config.ras,
+            inspector=config.inspector,
             launcher_pid=(launcher := launcher_of(os.getpid())),
             launcher_ticks=started_ticks(launcher) if launcher else 0,
         )
+        if config.inspector_problem:
+            self._problem(config.inspector_problem)
         try:
             make_private(self.directory)
         except OSError as error:

@@ -174,6 +174,25 @@ def test_no_such_sum_for_a_group_that_is_elsewhere_too() -> None:
     assert all(isnan(value) for value in agent.sketch(1.0).waited_s)
 
 
+def test_a_sum_that_lacks_operations_is_none() -> None:
+    agent = aggregator()
+    agent.add(record(1, duration_s=0.25))
+    agent.add(record(2, duration_s=0.5))
+    assert agent.sketch(at=110.0).waited_s == (0.75,)
+    agent.add(record(4, duration_s=0.5))
+    agent.add(record(5, duration_s=0.5))
+    sketch = agent.sketch(at=111.0)
+    assert isnan(sketch.waited_s[0])
+    assert sketch.samples.seqs == (4, 5)
+
+
+def test_a_group_whose_ranks_are_not_known_has_a_size_all_the_same() -> None:
+    agent = aggregator(GroupInfo("nccl 0x1 Reduce", (), "nccl", "", 8, times_only=True))
+    agent.add(record(1, group="nccl 0x1 Reduce", duration_s=0.25))
+    (part,) = agent.sketch(at=110.0).parts or ()
+    assert (part.size, part.ranks, part.enqueued, part.times_only) == (8, (0,), True, True)
+
+
 def test_both_ends_of_a_pair_speak_of_the_same_operations() -> None:
     pp = GroupInfo("pp", (0, 1), "gloo", "pp")
     agent = aggregator(pp)

@@ -2,18 +2,24 @@
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckptd.agent import ras
+from ckptd.agent.cells import Peers
 from ckptd.agent.diagnosis import Diagnosis
+from ckptd.agent.reports import Reports
 from ckptd.collectives import GroupInfo
 from ckptd.config import watch_config
 from ckptd.errors import Gone, ProtocolError
-from ckptd.watching import Introduction, Observed
+from ckptd.keys import ClusterKey
+from ckptd.watching import Introduction, Observed, publish, started_ticks, trainers_dir
+from ckptd.wire import AgentMessage, Counted, LookAt, Looked
 
 OPS = ("Broadcast", "Reduce", "AllGather", "ReduceScatter", "AllReduce")
 HOSTS = ("10.0.0.1", "10.0.0.2")
@@ -264,7 +270,7 @@ def test_only_an_address_of_this_machine_is_asked(address: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_the_agent_asks_for_jobs_that_use_nccl_and_tells_when_nothing_answers(
-    tmp_path: Any, host: str
+    tmp_path: Path, host: str
 ) -> None:
     told: list[str] = []
     diagnosis = Diagnosis("n1", tmp_path / "agent", lambda seen: None, told.append)
@@ -289,6 +295,40 @@ def test_the_agent_asks_for_jobs_that_use_nccl_and_tells_when_nothing_answers(
     assert asyncio.run(diagnosis.counts("job", shown("127.0.0.1:1"))) is None
     (problem,) = told
     assert "NCCL's own counts (RAS, at 127.0.0.1:1) are not seen: nobody listens" in problem
+
+
+def test_the_coordinator_is_told_what_it_has_asked_for(tmp_path: Path) -> None:
+    directory = trainers_dir(tmp_path / "agent")
+    directory.mkdir(mode=0o700)
+    pid = os.getpid()
+    members = [member(rank, pid=pid + rank) for rank in range(3)]
+    status = answer(communicator(*members, member(3, 41, pid=pid + 3)))
+    sent: list[AgentMessage] = []
+
+    async def story(address: str) -> None:
+        told = Introduction(pid, started_ticks(pid), "job", 0, 4, 7, ras=address)
+        publish(directory / "me.groups", [GroupInfo("0", (0, 1, 2, 3), "nccl")])
+        publish(directory / "me.json", told)
+        peers = Peers(ClusterKey.read(None))
+        reports = Reports("n0", tmp_path / "agent", sent.append, print, lambda job, life: [], peers)
+        running = asyncio.create_task(reports.run())
+        async with asyncio.timeout(60):
+            while not reports.diagnosis._groups:
+                await asyncio.sleep(0.02)
+            reports.order(LookAt("job", 7, 5, (0,)))
+            while not any(isinstance(each, Looked) for each in sent):
+                await asyncio.sleep(0.02)
+            assert not any(isinstance(each, Counted) for each in sent)  # nobody had asked
+            reports.order(LookAt("job", 7, 5, (0,), counts=True))
+            while not any(isinstance(each, Counted) for each in sent):
+                await asyncio.sleep(0.02)
+        running.cancel()
+
+    asyncio.run(serving(Ras(status), story))
+    (counted,) = [each for each in sent if isinstance(each, Counted)]
+    assert (counted.job, counted.life, counted.finding) == ("job", 7, 5)
+    assert (counted.behind, counted.silent) == ((3,), ())
+    assert "rank 3 launched AllReduce 41 times, others 42" in counted.text
 
 
 def test_the_trainer_tells_where_it_listens() -> None:

@@ -95,6 +95,8 @@ class Meter:
         # A group that is hardly used tells nothing and costs nothing, unless it is compared.
         is_idle = (is_few & ~np.isin(np.arange(len(count)), compared))[group]
         is_known &= ~is_few[group]
+        is_double = _seen_twice(table)
+        share, is_known = np.where(is_double, 0.0, share), is_known | is_double
         excess = self._compare(table, np.where(is_known, share, 0.0), is_known | is_idle)
         error = table.error_s * float(pace[compared].max(initial=0.0))
         keys, values = self._transfers(table, complete, transfer_s)
@@ -174,6 +176,18 @@ def _waits_and_transfers(table: Table, complete: Bools) -> tuple[Floats, Floats]
     return np.where(waits_for_all, wait, 0.0), np.where(by_duration, shortest, np.nan)
 
 
+def _seen_twice(table: Table) -> Bools:
+    """For each slot whether another source tells how long the same operations of its rank took."""
+    rank, group = table.rank[: table.used], table.group[: table.used]
+    timed = np.array([part.times_only for part in table.group_parts], np.bool_)
+    enqueued = np.array([part.enqueued for part in table.group_parts], np.bool_)
+    is_timed_rank = np.zeros(max(1, table.ranks), np.bool_)
+    placed = rank >= 0
+    is_timed_rank[rank[placed & timed[group]]] = True
+    double: Bools = placed & (enqueued & ~timed)[group] & is_timed_rank[rank]
+    return double
+
+
 def positions(table: Table) -> Ints:
     """For each rank the group of those that do the same work: its data-parallel group.
 
@@ -184,7 +198,7 @@ def positions(table: Table) -> Ints:
     found = np.full((len(best), 3), -1.0)
     for group, part in enumerate(table.group_parts):
         ranks = table.ranks_of(group)
-        if part.pair is not None or part.size < 2 or len(ranks) < 2:
+        if part.pair is not None or part.times_only or part.size < 2 or len(ranks) < 2:
             continue
         text = f"{part.description} {part.group}".lower()
         named = bool(_DATA_PARALLEL.search(text)) and not _EXPERT.search(text)
