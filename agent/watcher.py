@@ -45,6 +45,7 @@ TRAINERS_LIMIT = 256
 _SCAN_EVERY_S = 0.5
 _CLOCK_SET_S = 0.5
 """Less is adjustment."""
+_FILE_S = 0.2
 _FILES = ThreadPoolExecutor(1, "ckptd-inspector")
 """Reads what lies on file systems of the users' choice: if one of these is stuck, only this is."""
 
@@ -404,10 +405,12 @@ class _Trainer:
                 began = began_at(told.started_ticks)
                 path = self._checked_inspector()
                 self._inspector = InspectorReader(path, told.pid, told.rank, began)
+            patience_s = 0.0  # one that has been waited for is waited for no more
             if self._inspecting is None:
                 loop = asyncio.get_running_loop()
                 self._inspecting = loop.run_in_executor(_FILES, self._inspector.read, now)
-            done, _ = await asyncio.wait([self._inspecting], timeout=self._pace.deadline_s)
+                patience_s = _FILE_S
+            done, _ = await asyncio.wait([self._inspecting], timeout=patience_s)
             if not done:
                 return Reading()  # it is told when it is there
             reading, self._inspecting = self._inspecting, None

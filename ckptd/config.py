@@ -146,7 +146,9 @@ def _inspector(environ: Mapping[str, str]) -> str:
     folder = environ.get("NCCL_INSPECTOR_DUMP_DIR") or (
         f"nccl-inspector-{job if job.isdecimal() else 'unknown-jobid'}"
     )
-    return str(Path(folder).absolute() / f"{gethostname()}-pid{os.getpid()}.log")
+    with contextlib.suppress(OSError):  # the working directory may be gone
+        return str(Path(folder).absolute() / f"{gethostname()}-pid{os.getpid()}.log")
+    return ""
 
 
 def _inspector_problem(environ: Mapping[str, str]) -> str:

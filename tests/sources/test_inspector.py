@@ -5,13 +5,16 @@ import json
 import os
 import random
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from ckptd.agent import inspector
+from ckptd.agent.flight_recorder import Reading
 from ckptd.agent.inspector import InspectorReader
 from ckptd.agent.watcher import Pace, Watcher
 from ckptd.collectives import Collective, GroupInfo
@@ -277,6 +280,45 @@ def test_the_agent_reads_only_the_file_that_the_trainer_would_write(tmp_path: Pa
     assert groups == {"0", found[0].group}
     assert [bool(each) for each in problems] == [False, True, True]
     assert f"other.log is not HOST-pid{os.getpid()}.log" in problems[1][0]
+
+
+def test_a_file_system_that_is_stuck_keeps_nothing_else_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mended = threading.Event()
+    plain_read = InspectorReader.read
+
+    def read(reading: InspectorReader, now: float) -> Reading:
+        mended.wait(60)
+        return plain_read(reading, now)
+
+    monkeypatch.setattr(InspectorReader, "read", read)
+    mine = f"{socket.gethostname()}-pid{os.getpid()}.log"
+    at = {"pid": os.getpid(), "hostname": socket.gethostname()}
+    (tmp_path / mine).write_text(line(0, at=time.time() + 1, metadata=at))
+    told = Introduction(os.getpid(), started_ticks(os.getpid()), "job", 0)
+    tmp_path.chmod(0o700)
+    publish(tmp_path / "0.json", told)
+    publish(tmp_path / "1.json", replace(told, rank=1, inspector=str(tmp_path / mine)))
+    seen: list[Observed] = []
+
+    async def watch() -> None:
+        watching = Watcher(tmp_path, seen.append, Pace(slow_s=0.05, fast_s=0.02))
+        task = asyncio.create_task(watching.run())
+        async with asyncio.timeout(30):
+            while min(sum(each.rank == rank for each in seen) for rank in (0, 1)) < 5:
+                await asyncio.sleep(0.02)
+            mended.set()
+            while not any(each.collectives for each in seen):
+                await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    try:
+        asyncio.run(watch())
+    finally:
+        mended.set()
+    assert [each.rank for each in seen if each.collectives] == [1]
 
 
 def test_it_is_where_the_plugin_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch._C import _distributed_c10d as c10d
 
 from ckptd.agent.flight_recorder import RecorderReader
 from ckptd.agent.watcher import Pace, Watcher
 from ckptd.collectives import GroupInfo
+from ckptd.trainer import worker_server
 from ckptd.watching import Introduction, Observed, publish, started_ticks
 
 NOW = 1_800_000_000.0
@@ -158,3 +160,14 @@ def test_the_agent_asks_each_recorder_that_a_group_has(trainer: Path) -> None:
     assert [(each.group, each.seq, each.ended, each.duration_s) for each in found] == [
         ("0", n, True, 0.002) for n in (1, 2, 3)
     ]
+
+
+def test_the_pulse_has_both_recorders_where_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = {"last_enqueued_collective": "9", "last_completed_collective": "7"}
+    raw = json.dumps({"version": "2.10", "pg_status": {"0": status}}).encode()
+    monkeypatch.setattr(worker_server, "dump_recorder", lambda entries: raw)
+    monkeypatch.delattr(c10d, "_dump_nccl_trace_json", raising=False)
+    assert worker_server._pulse().enqueued == {"0": 9}
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda *_: raw, raising=False)
+    pulse = worker_server._pulse()
+    assert (pulse.enqueued, pulse.completed) == ({"0": 9, "nccl 0": 9}, {"0": 7, "nccl 0": 7})
