@@ -521,6 +521,8 @@ def test_counts_of_nccl_are_evidence_and_decide_nothing() -> None:
     assert job.ordered(KillWorkers) == []  # as the second witness says
     (note,) = [note for note in job.notes if note.kind == "nccl_counts"]
     assert note.text == "NCCL's own counts agree: rank 1 launched 41 of 42"
+    (shown,) = job.all.status(job.now)["jobs"][JOB]["findings"]
+    assert shown["witness"].endswith(f"; {note.text}")
 
 
 @pytest.mark.parametrize(

@@ -897,7 +897,10 @@ class Supervisors:
 
     def _job_status(self, each: Supervisor, now: float) -> dict[str, Any]:
         case = each.case
-        witness = case.judgement.reason if case is not None and case.judgement else ""
+        witness = ""
+        if case is not None:
+            judged = case.judgement.reason if case.judgement else ""
+            witness = "; ".join(filter(None, (judged, case.counts)))
         policy = each.policy
         return {
             "life": each.life.number,

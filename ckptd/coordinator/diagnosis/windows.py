@@ -178,13 +178,14 @@ def _waits_and_transfers(table: Table, complete: Bools) -> tuple[Floats, Floats]
 
 def _seen_twice(table: Table) -> Bools:
     """For each slot whether another source tells how long the same operations of its rank took."""
-    rank, group = table.rank[: table.used], table.group[: table.used]
-    timed = np.array([part.times_only for part in table.group_parts], np.bool_)
-    enqueued = np.array([part.enqueued for part in table.group_parts], np.bool_)
+    used = slice(0, table.used)
+    rank, is_known = table.rank[used], table.rank[used] >= 0
+    is_timed = np.array([part.times_only for part in table.group_parts], np.bool_)[
+        table.group[used]
+    ]
     is_timed_rank = np.zeros(max(1, table.ranks), np.bool_)
-    placed = rank >= 0
-    is_timed_rank[rank[placed & timed[group]]] = True
-    double: Bools = placed & (enqueued & ~timed)[group] & is_timed_rank[rank]
+    is_timed_rank[rank[is_known & is_timed]] = True
+    double: Bools = is_known & table.enqueued[used] & ~is_timed & is_timed_rank[rank]
     return double
 
 
