@@ -90,7 +90,7 @@ class Diagnosis:
         """
         groups = self._groups.get(job, {}).values()
         addresses = {told.ras for told in shown if told.ras}
-        if not addresses or not any(info.enqueued for info in groups):
+        if not addresses or not any(info.is_nccl for info in groups):
             return None
         trainers = {told.pid: told.rank for told in shown}
         world_size = max(told.world_size for told in shown)

@@ -353,35 +353,42 @@ class _Trainer:
         told = self.view.introduction
         if not told.socket or not told.recorder_entries or "/" in told.socket:
             return None
+        readings: dict[str, Reading] = {}
+        is_silent = False
         began = time.perf_counter()
-        on_streams = {info.group for info in self._groups if info.enqueued}
-        found, gaps, dropped = [], [], 0
-        try:
-            for handler in self._recorders_to_ask():
-                reading = await self._ask_one(handler, now)
-                # A group with two backends counts in each: those on streams are followed.
-                own = on_streams if handler == worker_client.ENTRIES else set()
-                found += [each for each in reading.collectives if each.group not in own]
-                gaps += [gap for gap in reading.gaps if gap.group not in own]
-                dropped += reading.dropped
-        except (TimeoutError, Gone):
-            if self.view.silent_since is None:
-                self.view.silent_since = now
-            return None
-        except ProtocolError as error:
-            self._notes.add(f"collectives are not seen: {str(error)[:300]}")
-            return None
-        finally:
-            self.view.answer_s = time.perf_counter() - began
-        self.view.silent_since = None
+        for handler in self._recorders_to_ask():
+            try:
+                readings[handler] = await self._ask_one(handler, now)
+            except (TimeoutError, Gone):
+                is_silent = True
+                break
+            except ProtocolError as error:
+                self._notes.add(f"collectives are not seen: {str(error)[:300]}")
+        self.view.answer_s = time.perf_counter() - began
+        if is_silent and self.view.silent_since is None:
+            self.view.silent_since = now
+        if readings and not is_silent:
+            self.view.silent_since = None
+        return self._all_of(readings, now) if readings else None
+
+    def _all_of(self, readings: dict[str, Reading], now: float) -> Observed:
+        """A group with two backends counts in each recorder: NCCL's operations are followed."""
+        of_nccl = {info.group for info in self._groups if info.is_nccl}
+        found: list[Collective] = []
+        gaps: list[Gap] = []
+        for handler, reading in readings.items():
+            other = of_nccl if handler == worker_client.ENTRIES else set()
+            found += [each for each in reading.collectives if each.group not in other]
+            gaps += [gap for gap in reading.gaps if gap.group not in other]
+        dropped = sum(reading.dropped for reading in readings.values())
         return self._observed("recorder", now, found, gaps, dropped)
 
     def _recorders_to_ask(self) -> list[str]:
-        """That of NCCL if a group is its; that of gloo if one is, or none is known."""
-        on_streams = [info.enqueued for info in self._groups]
-        on_processor = [not info.enqueued or "gloo" in info.backend for info in self._groups]
-        handlers = [worker_client.ENTRIES_OF_NCCL] if any(on_streams) else []
-        return [*handlers, worker_client.ENTRIES] if any(on_processor) or not handlers else handlers
+        """That of NCCL if a group is its; that of gloo if one may be, or none is known."""
+        has_nccl = any(info.is_nccl for info in self._groups)
+        only_nccl = all(info.is_nccl and "gloo" not in info.backend for info in self._groups)
+        handlers = [worker_client.ENTRIES_OF_NCCL] if has_nccl else []
+        return handlers if has_nccl and only_nccl else [*handlers, worker_client.ENTRIES]
 
     async def _ask_one(self, handler: str, now: float) -> Reading:
         told = self.view.introduction

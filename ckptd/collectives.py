@@ -61,6 +61,11 @@ class GroupInfo(msgspec.Struct, frozen=True, array_like=True):
         """Whether `entered_at` is only when an operation was put on a stream of the GPU."""
         return any(word in self.backend.lower() for word in _ON_STREAMS)
 
+    @property
+    def is_nccl(self) -> bool:
+        """Whether NCCL is one of its backends."""
+        return "nccl" in self.backend.lower()
+
 
 _ON_STREAMS = ("nccl", "rccl", "hccl", "xccl", "ucc")
 _ALIASES = {

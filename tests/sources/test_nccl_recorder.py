@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch._C import _distributed_c10d as c10d
 
+from ckptd.agent import worker_client
 from ckptd.agent.flight_recorder import RecorderReader
 from ckptd.agent.watcher import Pace, Watcher
 from ckptd.collectives import GroupInfo
@@ -171,3 +173,36 @@ def test_the_pulse_has_both_recorders_where_nccl_is(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda *_: raw, raising=False)
     pulse = worker_server._pulse()
     assert (pulse.enqueued, pulse.completed) == ({"0": 9, "nccl 0": 9}, {"0": 7, "nccl 0": 7})
+
+
+def test_what_one_recorder_told_is_kept_if_the_other_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_ns = time.time_ns()
+    told_once = dump(entry(0, 1, time_created_ns=at_ns), entry(1, 2, time_created_ns=at_ns))
+
+    async def ask(path: Path, handler: str, timeout_s: float) -> bytes:
+        if handler == worker_client.ENTRIES:
+            raise TimeoutError
+        return told_once
+
+    monkeypatch.setattr(worker_client, "ask", ask)
+    tmp_path.chmod(0o700)
+    told = Introduction(
+        os.getpid(), started_ticks(os.getpid()), "job", 0, socket="a", recorder_entries=256
+    )
+    publish(tmp_path / "a.groups", [GroupInfo("0", (0, 1), "cpu:gloo,cuda:nccl")])
+    publish(tmp_path / "a.json", told)
+    seen: list[Observed] = []
+
+    async def watch() -> None:
+        watching = Watcher(tmp_path, seen.append, Pace(slow_s=0.05, fast_s=0.02, share=1.0))
+        task = asyncio.create_task(watching.run())
+        async with asyncio.timeout(30):
+            while sum(len(each.collectives) for each in seen) < 2:
+                await asyncio.sleep(0.02)
+        assert watching.views()[0].silent_since is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(watch())
