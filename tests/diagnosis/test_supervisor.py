@@ -513,7 +513,7 @@ def counted(job: Job, *behind: int, silent: tuple[int, ...] = ()) -> None:
 
 
 def test_counts_of_nccl_are_evidence_and_decide_nothing() -> None:
-    job = Job(does=WAITS)
+    job = Job(does=BUSY)
     job.run(60)
     job.run(40, hung=True)
     counted(job, 1)
