@@ -151,8 +151,10 @@ class _Case:
     said: str = ""
     """What the witness said last."""
     judgement: Judgement | None = None
+    counted: Counted | None = None
+    """What NCCL itself counts."""
     counts: str = ""
-    """What NCCL's own counts say of it."""
+    """Whether that bears the finding out, in words."""
     record: IncidentRecord | None = None
     collect_until: float = 0.0
     places: dict[int, Place] = field(default_factory=dict)
@@ -235,6 +237,7 @@ class Supervisor:
             return
         if message.finding != case.finding.number:
             return
+        case.counted = message
         said, case.counts = case.counts, weigh(case.finding, message)
         if case.counts == said:
             return
@@ -504,7 +507,8 @@ class Supervisor:
             record.say(now + self._parent.wall_s, f"probes: {finding.evidence['matrix']}")
 
     def _add_counts(self, case: _Case, now: float) -> None:
-        if case.record is not None and case.counts:
+        if case.record is not None and case.counted is not None:
+            case.counts = weigh(case.finding, case.counted)  # who is suspected may have changed
             case.record.evidence["nccl"] = case.counts
             case.record.say(now + self._parent.wall_s, case.counts)
 
