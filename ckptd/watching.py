@@ -21,6 +21,8 @@ GROUPS_SUFFIX = ".groups"
 PULSE_SUFFIX = ".pulse"
 UNIX_PATH_LIMIT_BYTES = 107
 FILE_LIMIT_BYTES = 4 << 20
+STANDBY_NAME = "ckptd-standby"
+"""Of the process that ranks are forked from; what is forked from it has the usual one."""
 _TORCHRUN_VARIABLE = b"TORCHELASTIC_RUN_ID"
 
 _Kind = TypeVar("_Kind")
@@ -207,7 +209,7 @@ def launcher_of(pid: int) -> int:
 def _has_variable(pid: int, name: bytes) -> bool:
     """Whether a process was started with it in its environment.
 
-    A standby was not: it has what it is told with its rank, and only itself can see that.
+    One that was forked from a standby was not: it was told, and only itself can see that.
     """
     if pid == os.getpid() and name in os.environb:
         return True

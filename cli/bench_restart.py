@@ -20,7 +20,7 @@ from ckptd.cli import options, show
 from ckptd.cli.bench_numbers import Spread, order_of_turn
 from ckptd.cli.local_cluster import LocalCluster
 
-PLAIN, CKPTD, STANDBY, IMPORT = "torchrun", "ckptd", "ckptd --standby", "import torch"
+PLAIN, CKPTD, COLD, IMPORT = "torchrun", "ckptd", "ckptd --no-standby", "import torch"
 _NODE, _JOB = "here", "bench-restart"
 _EVERY = 10
 _STEP_SECONDS = 0.1
@@ -37,8 +37,7 @@ class Restart:
 
     total: float
     launcher: float
-    """Until the last process was there, or a standby had been told: noticing, ending the others,
-    rendezvous."""
+    """Until the last process was there: noticing, ending the others, rendezvous."""
     imports: float
     """Until the last rank had its model."""
     group: float
@@ -67,15 +66,15 @@ def command(ranks: int, width: int, layers: int, repeats: int, as_json: bool) ->
     """Time from SIGKILL of a rank to the first new step, over gloo on this machine.
 
     \b
-    torchrun          torchrun; rank 0 saves to disk with torch.save every 10 steps, all load
-    ckptd             ckptd run, snapshots in memory every 10 steps or more
-    ckptd --standby   the same, once its standby processes are ready
-    import torch      the machine's limit without them: as many processes import it at once
+    torchrun             torchrun; rank 0 saves to disk with torch.save every 10 steps, all load
+    ckptd                ckptd run, snapshots in memory every 10 steps or more
+    ckptd --no-standby   the same, without the process that ranks are forked from
+    import torch         the machine's limit without one: as many processes import it at once
     """
     # Torchrun's workers outlive it: an end that is asked for must end them, too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    restarts: dict[str, list[Restart]] = {PLAIN: [], CKPTD: [], STANDBY: []}
+    restarts: dict[str, list[Restart]] = {PLAIN: [], CKPTD: [], COLD: []}
     imports: list[float] = []
     for turn in range(repeats):
         for name in order_of_turn([*restarts, IMPORT], turn):
@@ -128,8 +127,8 @@ def _measure(name: str, ranks: int, width: int, layers: int) -> Restart:
             cluster.start_coordinator()
             cluster.start_agent(_NODE)
             cluster.wait_for_nodes(1)
-            standby = ["--standby"] if name == STANDBY else []
-            cluster.start_launcher(_NODE, _JOB, [*own, *script], *standby)
+            cold = ["--no-standby"] if name == COLD else []
+            cluster.start_launcher(_NODE, _JOB, [*own, *script], *cold)
         return _kill_once(cluster, name, ranks)
 
 
@@ -146,11 +145,7 @@ def _kill_once(cluster: LocalCluster, name: str, ranks: int) -> Restart:
     def step() -> int:
         return max((line["step"] for line in lines()), default=0)
 
-    def warm() -> bool:
-        ready = name != STANDBY or "standby processes are ready" in cluster.log(f"launcher-{_NODE}")
-        return ready and step() >= _WARM_STEPS
-
-    cluster.wait("the job to train", warm, 300)
+    cluster.wait("the job to train", lambda: step() >= _WARM_STEPS, 300)
     first = [line for line in lines() if line.get("event") == "start"]
     victim = next(line["pid"] for line in first if line["rank"] == ranks - 1)
     reached, killed_at = step(), time.time()
@@ -172,15 +167,10 @@ def _kill_once(cluster: LocalCluster, name: str, ranks: int) -> Restart:
 def _restart(
     killed_at: float, starts: Sequence[Mapping[str, Any]], reached: int, noticed: float | None
 ) -> Restart:
-    def began_at(one: Mapping[str, Any]) -> float:
-        began = one["process_began_at"]
-        return float(began if began > killed_at else one["first_line_at"])
-
-    ends = (
-        max(began_at(one) for one in starts),
-        *(max(one[at] for one in starts) for at in ("imported_at", "grouped_at", "restored_at")),
-        max(one["at"] for one in starts),
-    )
+    ends = [
+        max(one[at] for one in starts)
+        for at in ("process_began_at", "imported_at", "grouped_at", "restored_at", "at")
+    ]
     launcher, imports, group, restore, step = (
         end - begin for begin, end in pairwise((killed_at, *ends))
     )

@@ -24,7 +24,7 @@ from ckptd.client import ask_status
 from ckptd.config import ENV_AGENT, ENV_COORDINATOR, ENV_KEEP
 from ckptd.errors import CkptdError, CorruptData
 from ckptd.keys import ClusterKey
-from ckptd.watching import INTRODUCTION_SUFFIX, read_introduction
+from ckptd.watching import INTRODUCTION_SUFFIX, STANDBY_NAME, read_introduction
 
 _MARK = "CKPTD_LOCAL_CLUSTER"
 _PR_SET_PDEATHSIG = 1
@@ -279,7 +279,9 @@ class LocalCluster:
             return [
                 child
                 for child in psutil.Process(process.pid).children(recursive=True)
-                if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+                if child.is_running()
+                and child.status() != psutil.STATUS_ZOMBIE
+                and child.name() != STANDBY_NAME
             ]
         return []
 

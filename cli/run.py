@@ -1,5 +1,6 @@
 """`ckptd run`."""
 
+import contextlib
 import socket as sockets
 from collections.abc import Sequence
 
@@ -43,16 +44,18 @@ from ckptd.wire import AgentToLauncher, Decoder, Here, Message, WaitForWork, Whe
     help="Time each collective, so that slow ranks and links are found (docs/diagnosis.md).",
 )
 @click.option(
-    "--standby",
-    is_flag=True,
-    help="Keep one process for each rank that has imported PyTorch already: ranks are back sooner.",
+    "--standby/--no-standby",
+    "with_standby",
+    default=True,
+    show_default=True,
+    help="Keep one process that has imported PyTorch, and start ranks by forking it.",
 )
 @click.option(
     "--standby-import",
     "modules",
     multiple=True,
     metavar="MODULE",
-    help="What standby processes import besides, such as transformers. May be given several times.",
+    help="What the standby process imports besides, like transformers. May be given several times.",
 )
 @click.argument("torchrun", nargs=-1, type=click.UNPROCESSED, required=True)
 def command(
@@ -61,7 +64,7 @@ def command(
     rendezvous: str | None,
     spare: bool,
     timing: bool,
-    standby: bool,
+    with_standby: bool,
     modules: tuple[str, ...],
     torchrun: tuple[str, ...],
 ) -> None:
@@ -77,32 +80,45 @@ def command(
     the trainers.
     """
     check_job_id(job)
-    if modules and not standby:
-        raise ConfigError("--standby-import: only --standby has processes that import it")
+    if modules and not with_standby:
+        raise ConfigError("--standby-import: with --no-standby there is no process to import it")
     if not agent and (spare or rendezvous or _spans_machines(torchrun)):
         raise ConfigError(
             "no agent is given, and only a job on one machine does without: start one on this node "
             "with `ckptd agent --socket PATH --coordinator ADDRESS ...`, then pass --agent PATH or "
             "set CKPTD_AGENT"
         )
-    from ckptd.trainer import launch
+    from ckptd.trainer import environment, standby  # and not yet what imports torch
 
-    launch.prepare_environment(job, agent, timing)
-    if standby:
-        launch.keep_standbys(launch.watched(torchrun), modules, at_once=spare, tell=_say)
-    address = None
-    if agent:
-        with connect(agent) as conn:
-            here = ask(conn, WhereAmI())
-            address = here.address if isinstance(here, Here) else None
-            if spare:
-                _say(f"spare for {job!r}, waiting to be called")
-                conn.settimeout(None)
-                if not isinstance(ask(conn, WaitForWork(job)), Work):
-                    raise AgentUnreachable(f"the agent at {agent} did not call this spare")
-                _say(f"called for {job!r}")
-    arguments = launch.complete_arguments(torchrun, job, rendezvous, address)
-    launch.launch(launch.watched(arguments))
+    environment.prepare(job, agent, timing)
+    address = _address(agent) if agent else None
+    warming = standby.Standby(modules, torchrun, _say) if with_standby else None
+    with contextlib.closing(warming) if warming else contextlib.nullcontext():
+        from ckptd.trainer import launch
+
+        if agent and spare:
+            _wait_for_work(agent, job)
+        arguments = launch.watched(launch.complete_arguments(torchrun, job, rendezvous, address))
+        if warming:
+            launch.use(warming, arguments)
+        launch.launch(arguments)
+
+
+def _address(agent: str) -> str | None:
+    """This node's, as its agent knows it. Raises AgentUnreachable."""
+    with connect(agent) as conn:
+        here = ask(conn, WhereAmI())
+    return here.address if isinstance(here, Here) else None
+
+
+def _wait_for_work(agent: str, job: str) -> None:
+    """Until the coordinator calls this node. Raises AgentUnreachable."""
+    with connect(agent) as conn:
+        _say(f"spare for {job!r}, waiting to be called")
+        conn.settimeout(None)
+        if not isinstance(ask(conn, WaitForWork(job)), Work):
+            raise AgentUnreachable(f"the agent at {agent} did not call this spare")
+        _say(f"called for {job!r}")
 
 
 def _say(text: str) -> None:

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-_FIRST_LINE_AT = time.time()
-
 
 def say(**fields: Any) -> None:
     line = {"rank": int(os.environ["RANK"]), "pid": os.getpid(), "at": time.time(), **fields}
@@ -83,7 +81,6 @@ def main() -> None:
                 event="start",
                 step=step,
                 process_began_at=process_began_at(),
-                first_line_at=_FIRST_LINE_AT,
                 imported_at=imported_at,
                 grouped_at=grouped_at,
                 restored_at=restored_at,

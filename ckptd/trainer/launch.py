@@ -1,31 +1,11 @@
 """PyTorch's own elastic launcher, started with what makes restarts work."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
 
-from ckptd.config import (
-    ENV_AGENT,
-    ENV_INSPECTOR_INTERVAL,
-    ENV_JOB,
-    ENV_TIMING,
-    FLIGHT_RECORDER_ENTRIES,
-    FLIGHT_RECORDER_SIZES,
-    INSPECTOR_INTERVAL_US,
-)
-from ckptd.errors import ConfigError
-from ckptd.trainer import standby
+from ckptd.trainer.standby import Standby, install
 
-# Measured: with torchrun's defaults the restarted workers of a gloo job reuse the launcher's store
-# with stale addresses and never come up; with stores of their own they do.
-_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-# What NVIDIA's Inspector, if it is NCCL's profiler plugin, needs so that the agent can follow it.
-_INSPECTOR = {
-    "NCCL_INSPECTOR_ENABLE": "1",
-    ENV_INSPECTOR_INTERVAL: str(INSPECTOR_INTERVAL_US),
-    "NCCL_INSPECTOR_DUMP_MIN_SIZE_BYTES": "0",
-}
 # A dead node is given up after about 2 s instead of 15, and late nodes are not waited for.
 _RENDEZVOUS_CONF = {
     "is_host": "0",
@@ -34,22 +14,6 @@ _RENDEZVOUS_CONF = {
     "last_call_timeout": "1",
 }
 MAX_RESTARTS = 100
-
-
-def prepare_environment(job: str, agent: str | None, timing: bool = False) -> None:
-    """Set what trainers and torchrun need; what the user has set stays."""
-    if not any(name in os.environ for name in FLIGHT_RECORDER_SIZES):
-        os.environ[FLIGHT_RECORDER_SIZES[0]] = str(FLIGHT_RECORDER_ENTRIES)
-    if timing:
-        os.environ[ENV_TIMING] = "1"
-    chosen = dict(_ENVIRONMENT)
-    if "inspector" in os.environ.get("NCCL_PROFILER_PLUGIN", "").lower():
-        chosen |= _INSPECTOR
-    for name, value in chosen.items():
-        os.environ.setdefault(name, value)
-    os.environ[ENV_JOB] = job
-    if agent:
-        os.environ[ENV_AGENT] = agent
 
 
 def complete_arguments(
@@ -96,27 +60,16 @@ def watched(arguments: Sequence[str]) -> list[str]:
     return [*own, "ckptd.trainer.script", "--module", *script]
 
 
-def keep_standbys(
-    arguments: Sequence[str], modules: Sequence[str], at_once: bool, tell: Callable[[str], None]
-) -> None:
-    """Have a standby process for each rank of this node; `arguments` as `watched` made them.
+def use(standby: Standby, arguments: Sequence[str]) -> None:
+    """Have torchrun start ranks from `standby`; `arguments` as `watched` made them.
 
-    `at_once`: nobody else needs the processors now. `tell` hears when they are ready. Raises
-    ConfigError if torchrun would not start its workers in a way that allows it.
+    Where that cannot be, the standby is ended.
     """
     parsed = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call] # torch's
     if parsed.training_script != "ckptd.trainer.script":
-        raise ConfigError(
-            "--standby needs a Python script or module; leave it out with torchrun's --no-python "
-            "and --run-path"
-        )
-    count = torchrun.determine_local_world_size(parsed.nproc_per_node)
-    standbys = standby.Standbys(count, modules, parsed.training_script_args, tell)
-    if not standby.install(standbys):
-        raise ConfigError(
-            "--standby does not know the launcher of this version of PyTorch; start without it"
-        )
-    standbys.keep(at_once)
+        standby.give_up("torchrun is to start no Python script")
+    elif not install(standby):
+        standby.give_up("the launcher of this version of PyTorch is not known")
 
 
 def launch(arguments: Sequence[str]) -> None:

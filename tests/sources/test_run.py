@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
+from ckptd.cli.local_cluster import wait_until
 from ckptd.cli.main import main
-from ckptd.errors import ConfigError
-from ckptd.trainer.launch import keep_standbys, watched
+from ckptd.trainer.launch import use, watched
+from ckptd.trainer.standby import Standby
 
 SCRIPT = """
 import json, multiprocessing, os, pickle, sys
@@ -66,19 +68,30 @@ def test_torchruns_arguments_keep_their_places():
     assert watched(["--no-python", "bash", "x"]) == ["--no-python", "bash", "x"]
 
 
-def test_standby_processes_that_nobody_could_use_are_refused():
-    for arguments in (["--no-python", "bash"], ["--run-path", "train.py"]):
-        with pytest.raises(ConfigError, match="needs a Python script or module"):
-            keep_standbys(watched(arguments), (), at_once=True, tell=print)
-    flags = ["--job", "j", "--standby-import", "json", "--", "--standalone", "train.py"]
+@pytest.mark.parametrize("arguments", [["--no-python", "bash"], ["--run-path", "train.py"]])
+def test_a_standby_process_that_nobody_could_use_is_ended(tmp_path, arguments):
+    told: list[str] = []
+    standby = Standby((), [str(tmp_path)], told.append)
+    use(standby, watched(arguments))
+    assert told == [
+        "ranks are started without the standby process: torchrun is to start no Python script"
+    ]
+    own = lambda: psutil.process_iter(["cmdline"])  # noqa: E731
+    wait_until(
+        "its end", lambda: not any(str(tmp_path) in (p.info["cmdline"] or ()) for p in own())
+    )
+
+
+def test_modules_for_a_standby_process_need_one():
+    flags = ["--job", "j", "--no-standby", "--standby-import", "json", "--", "--standalone", "t.py"]
     result = CliRunner().invoke(main, ["run", *flags])
     assert result.exit_code == 1
-    assert "only --standby has processes" in result.output
+    assert "with --no-standby there is no process" in result.output
 
 
 def test_ranks_that_ckptd_run_starts_are_timed_from_the_first_collective(tmp_path):
     (tmp_path / "train.py").write_text(
-        "import torch, torch.distributed as dist, time, os\n"
+        "import torch, torch.distributed as dist, time, os\nfrom pathlib import Path\n"
         "dist.init_process_group('gloo')\n"
         "for _ in range(5): dist.all_reduce(torch.ones(3))\n"
         "time.sleep(1)\n"
@@ -87,11 +100,12 @@ def test_ranks_that_ckptd_run_starts_are_timed_from_the_first_collective(tmp_pat
         "from ckptd.ring import RingReader\n"
         "found = RingReader(shown.ring_path()).read()[0]\n"
         "print('SAW', dist.get_rank(), [(r.seq, r.ended) for r in found], flush=True)\n"
+        "print('STARTED', Path('/proc/self/cmdline').read_text().split(chr(0))[3], flush=True)\n"
     )
     result = subprocess.run(
         [
-            sys.executable, "-m", "ckptd.cli", "run", "--job", "seen", "--timing", "--",
-            "--standalone", "--nproc-per-node=2", "train.py",
+            sys.executable, "-m", "ckptd.cli", "run", "--job", "seen", "--timing",
+            "--no-standby", "--", "--standalone", "--nproc-per-node=2", "train.py",
         ],
         cwd=tmp_path,
         env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "CKPTD_AGENT": ""},
@@ -101,5 +115,6 @@ def test_ranks_that_ckptd_run_starts_are_timed_from_the_first_collective(tmp_pat
         check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("STARTED ckptd.trainer.script") == 2
     for rank in range(2):
         assert f"SAW {rank} {[(n, True) for n in range(1, 6)]}" in result.stdout

@@ -10,6 +10,7 @@ import threading
 import uuid
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import psutil
 import pytest
@@ -137,16 +138,15 @@ def test_the_launcher_without_an_agent_restarts_a_killed_worker_from_memory(lapt
     command = [sys.executable, "-m", "ckptd.cli", "run", "--job", JOB, "--", *flags]
     here.spawn("launcher", command)
     here.wait("a snapshot", lambda: here.agents() and here.snapshot("sealed", after=3), 60)
-    (worker,) = [
-        p for p in here.members() if str(TRAINER) in p.cmdline() and "ckptd.cli" not in p.cmdline()
-    ]
-    worker.kill()
 
-    def second() -> bool:
-        starts = [line for line in here.said("launcher") if line.get("event") == "start"]
-        return len(starts) == 2 and starts[1]["life"] == 2 and starts[1]["step"] > 3
+    def starts() -> list[dict[str, Any]]:
+        return [line for line in here.said("launcher") if line.get("event") == "start"]
 
-    here.wait("the worker to go on", second, 60)
+    (first,) = starts()
+    os.kill(first["pid"], signal.SIGKILL)
+    here.wait("the worker to go on", lambda: len(starts()) == 2, 60)
+    assert starts()[1]["life"] == 2
+    assert starts()[1]["step"] > 3
 
 
 def test_an_idle_agent_ends_and_leaves_nothing_and_the_next_run_starts_another(laptop):

@@ -1,7 +1,11 @@
-"""`ckptd run --standby`: ranks are killed, and the ones that were waiting take their places."""
+"""Ranks that are forked from a standby process are killed, and so is the standby itself."""
+
+import signal
 
 import psutil
 import pytest
+
+from ckptd.watching import STANDBY_NAME
 
 from .test_hangs import Watched
 from .town import JOB, TRAINER
@@ -10,57 +14,66 @@ pytestmark = pytest.mark.timeout(300)
 
 
 class Prepared(Watched):
-    """A town whose launcher keeps standby processes."""
+    """A town whose trainers are forked from their launcher's standby."""
 
-    def launch_prepared(self) -> None:
+    def launch_two(self) -> None:
         arguments = ["--standalone", "--nproc-per-node=2", str(TRAINER)]
         arguments += ["--steps", "100000", "--until", str(self.directory / "until")]
-        self.start_launcher("n0", JOB, arguments, "--standby")
+        self.start_launcher("n0", JOB, arguments)
 
-    def children(self, module: str) -> list[psutil.Process]:
-        """Those of the launcher that were started as this module."""
-        return [one for one in self.trainers("n0") if module in one.cmdline()]
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.processes["launcher-n0"].pid).children()
 
-    def standbys(self) -> list[psutil.Process]:
-        ranks = {line["pid"] for line in self.lines() if line.get("event") == "start"}
-        waiting = self.children("ckptd.trainer.standby")
-        return [one for one in waiting if one.pid not in ranks]
+    def standby(self) -> psutil.Process:
+        """The one that lives, once it has its name."""
 
-    def ranks(self, life: int) -> dict[int, int]:
-        """Process by rank."""
+        def found() -> psutil.Process | None:
+            return next((one for one in self.children() if one.name() == STANDBY_NAME), None)
+
+        return self.wait("the standby", found, 100)
+
+    def ranks(self, life: int) -> dict[int, psutil.Process]:
         starts = [line for line in self.lines() if line.get("event") == "start"]
-        return {line["rank"]: line["pid"] for line in starts if line["life"] == life}
+        return {
+            line["rank"]: psutil.Process(line["pid"]) for line in starts if line["life"] == life
+        }
 
-    def wait_for_standbys(self, times: int) -> None:
-        text = "2 standby processes are ready"
-        self.wait(text, lambda: self.log("launcher-n0").count(text) >= times, 100)
-
-    def wait_for_ranks(self, life: int) -> dict[int, int]:
+    def wait_for_ranks(self, life: int) -> dict[int, psutil.Process]:
         self.wait(f"life {life}", lambda: len(self.ranks(life)) == 2, 100)
         return self.ranks(life)
 
-    def kill_rank(self, pid: int) -> None:
+    def let_a_snapshot_be(self) -> None:
         self.wait_for_snapshot("sealed", self.step())
-        psutil.Process(pid).kill()
 
 
-def test_ranks_killed_twice_in_a_row_go_on_from_standbys_and_end_equal():
+def is_forked(one: psutil.Process) -> bool:
+    return "ckptd.trainer.standby" in one.cmdline()
+
+
+def test_ranks_killed_again_and_again_with_their_standby_and_without_end_equal():
     with Prepared(1).open() as here:
-        here.launch_prepared()
-        cold = here.wait_for_ranks(1)
-        here.wait_for_standbys(1)
-        waiting = {one.pid for one in here.standbys()}
-        here.kill_rank(cold[1])
-        warm = here.wait_for_ranks(2)
-        assert {*warm.values()} == waiting
+        here.launch_two()
+        first = here.wait_for_ranks(1)
+        standby = here.standby()
+        assert all(is_forked(one) for one in first.values())
+        assert all(one.ppid() == standby.ppid() for one in first.values())
+        assert {one.pid for one in here.trainers("n0")} == {one.pid for one in first.values()}
 
-        # One is ready by now, or none: what is missing is started cold.
-        here.kill_rank(warm[0])
-        assert not {*here.wait_for_ranks(3).values()} & {*cold.values(), *warm.values()}
+        here.let_a_snapshot_be()
+        first[1].kill()
+        second = here.wait_for_ranks(2)
+        assert all(is_forked(one) for one in second.values())
+        assert here.standby() == standby
 
-        here.wait_for_standbys(2)
-        for one in here.standbys():
-            one.kill()
+        here.let_a_snapshot_be()
+        standby.send_signal(signal.SIGSTOP)
+        second[0].kill()
+        third = here.wait_for_ranks(3)
+        assert "started without the standby process: it does not answer" in here.log("launcher-n0")
+        assert not all(is_forked(one) for one in third.values())
+
+        here.let_a_snapshot_be()
+        here.standby().kill()
         here.finish(2)
         here.wait("the launcher's end", lambda: here.processes["launcher-n0"].poll() == 0, 60)
         here.check_digests(2)
