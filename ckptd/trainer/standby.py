@@ -45,7 +45,7 @@ _OWN_PREFIXES = ("GROUP_", "LOCAL_", "MASTER_", "ROLE_", "TORCHELASTIC_", "TORCH
 """What torchrun gives each rank. Nothing reads it before there is a process group."""
 _READY, _ORDER, _GO = b"r", b"o", b"g"
 _ANSWER_S, _ADOPTED_EVERY_S = 3.0, 0.001
-_PATIENCE_S, _PATIENCE_LIMIT_S = 10.0, 60.0
+_PATIENCE_S, _PATIENCE_LIMIT_S = 10.0, 100.0
 _FAILURES = 3
 _REASON_BYTES = 1000
 _BACKENDS = ("torch.cuda", "torch.mtia", "torch.xpu")
@@ -53,6 +53,7 @@ _HARMLESS_DEVICES = {1, 4, 5, *range(136, 144)}
 """Major numbers: memory (null, random and so on) and terminals."""
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _COMM, _OOM_SCORE = Path("/proc/self/comm"), Path("/proc/self/oom_score_adj")
+_DIRECTORY = "/proc/self/cwd"
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 log = logging.getLogger("ckptd")
@@ -73,10 +74,10 @@ class Standby:
         """
         self._command = [",".join([*_MODULES, *modules]), *shown]
         self._tell, self._told = tell, set[str]()
-        self._environ, self._directory = dict(os.environ), os.getcwd()
+        self._environ, self._directory = dict(os.environ), os.readlink(_DIRECTORY)
         self._process: _Process | None = None
         self._ready, self._given_up = False, False
-        self._failures = 0
+        self._failures = 0  # in a row: without a worker in between
         self._began, self._patience_s = monotonic(), 0.0
         self._changed = threading.Condition()  # its lock may be taken again by who holds it
         threading.Thread(target=self._keep, name="ckptd-standby", daemon=True).start()
@@ -122,20 +123,20 @@ class Standby:
         """What would differ between a fork of the standby and such a worker; "" if nothing does."""
         if (*args[: len(_COMMAND)],) != _COMMAND:
             return f"torchrun starts them by way of {args[0]}"
-        if os.getcwd() != self._directory:
+        if os.readlink(_DIRECTORY) != self._directory:
             return "the launcher has changed its directory"
         if differing := _differing(self._environ, environ):
             return f"since the launcher began there have been changes of {', '.join(differing)}"
         return ""
 
     def _patience(self) -> float:
-        """How long to wait for one that still imports: no longer than to start cold.
+        """How long to wait for one that still imports: about as long as a cold start would take.
 
-        As long again as this process took, for imports too, before it first wanted it.
+        This process has imported torch, too, before it first wanted a worker.
         """
         took_s = monotonic() - self._began
         if not self._patience_s:
-            self._patience_s = min(max(2 * took_s, _PATIENCE_S), _PATIENCE_LIMIT_S)
+            self._patience_s = min(max(3 * took_s, _PATIENCE_S), _PATIENCE_LIMIT_S)
         return max(self._patience_s - took_s, 0.0)
 
     def _keep(self) -> None:
@@ -403,9 +404,16 @@ def _begin(files: list[int]) -> _Order:
         os.close(file_number)
     os.environb.clear()
     os.environb.update(order.environ)
-    if "numpy.random" in sys.modules:  # Python's own random numbers begin anew by themselves
-        sys.modules["numpy.random"].seed()
+    _begin_random_numbers_anew()
     return order
+
+
+def _begin_random_numbers_anew() -> None:
+    """As in a fresh process, each worker has its own; Python's do so in a fork by themselves."""
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
 
 
 def _change(file: Path, text: str) -> str:

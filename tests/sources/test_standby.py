@@ -46,13 +46,17 @@ if __name__ == "__main__":
     sys.exit(7)
 """
 SLEEPS = "import time; print('up', flush=True); time.sleep(1000)"
-DRAWS = "import random, numpy; print(random.random(), numpy.random.random())"
+DRAWS = """
+import random, numpy, torch
+print(random.random(), numpy.random.random(), torch.rand(1).item())
+"""
+ENDS = "print('began')"
 
 
 @pytest.fixture
 def make(monkeypatch, tmp_path):
     """Standbys that import next to nothing, so that this does not take long."""
-    for name, text in {"train": SCRIPT, "sleeps": SLEEPS, "draws": DRAWS}.items():
+    for name, text in {"train": SCRIPT, "sleeps": SLEEPS, "draws": DRAWS, "ends": ENDS}.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(standby, "_MODULES", ("json",))
@@ -118,12 +122,12 @@ def test_a_forked_worker_is_as_one_that_was_started_cold(make, tmp_path, how):
 
 
 def test_one_standby_has_many_workers_which_draw_other_random_numbers(make, tmp_path):
-    warm, told = make("numpy")
+    warm, told = make("torch")
     for turn in range(3):
         with (tmp_path / f"drawn-{turn}").open("w") as out:
             assert take(warm, "draws.py", out=out).wait(100) == 0
     drawn = [(tmp_path / f"drawn-{turn}").read_text().split() for turn in range(3)]
-    assert [len({each[of] for each in drawn}) for of in (0, 1)] == [3, 3]
+    assert [len({each[of] for each in drawn}) for of in range(3)] == [3, 3, 3]
     assert told == []
     assert [one.name() for one in psutil.Process().children() if one.name() == STANDBY_NAME]
     assert psutil.Process(warm._process.popen.pid).children() == []
@@ -142,7 +146,7 @@ def test_signals_end_the_worker_itself_also_when_the_standby_is_dead(make, tmp_p
     os.killpg(process.pid, number)
     assert process.wait(10) == -number
     process.kill()  # there is none any more: nobody gets it
-    assert take(warm, "draws.py").wait(100) == 0
+    assert take(warm, "ends.py").wait(100) == 0
 
 
 def test_a_stopped_standby_is_waited_for_a_while_and_replaced(make, monkeypatch):
@@ -165,11 +169,11 @@ def test_one_that_still_imports_is_waited_for_but_not_for_ever(make, tmp_path, m
     monkeypatch.setattr(standby, "_PATIENCE_S", 0.5)
     told: list[str] = []
     warm = Standby(["slow"], [], told.append)
-    assert take(warm, "draws.py") is None
+    assert take(warm, "ends.py") is None
     warm._patience_s = 100.0
     ended = threading.Timer(0.2, (tmp_path / "slow").unlink)
     ended.start()
-    assert take(warm, "draws.py").wait(100) == 0
+    assert take(warm, "ends.py").wait(100) == 0
     warm.close()
 
 
@@ -202,7 +206,7 @@ def test_a_worker_begins_though_the_standby_dies_as_soon_as_it_has_forked(make, 
     (tmp_path / "dying.py").write_text(DYING)
     warm, told = make("dying")
     first = warm._process.popen
-    process = take(warm, "draws.py")
+    process = take(warm, "ends.py")
     assert process.wait(100) == 0
     assert first.wait(10) == -signal.SIGKILL
     wait_until("another standby", lambda: warm._process.popen is not first and warm._ready)
