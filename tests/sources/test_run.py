@@ -99,8 +99,10 @@ def test_ranks_that_ckptd_run_starts_are_timed_from_the_first_collective(tmp_pat
         "shown = worker_server.start()\n"
         "from ckptd.ring import RingReader\n"
         "found = RingReader(shown.ring_path()).read()[0]\n"
-        "print('SAW', dist.get_rank(), [(r.seq, r.ended) for r in found], flush=True)\n"
-        "print('STARTED', Path('/proc/self/cmdline').read_text().split(chr(0))[3], flush=True)\n"
+        "saw = [(r.seq, r.ended) for r in found]\n"
+        "started = Path('/proc/self/cmdline').read_text().split(chr(0))[3]\n"
+        # Whole, as ranks share the output.
+        "os.write(1, f'SAW {dist.get_rank()} {saw}\\nSTARTED {started}\\n'.encode())\n"
     )
     result = subprocess.run(
         [
