@@ -23,7 +23,7 @@ from ckptd.coordinator.diagnosis.detector import Detector
 from ckptd.coordinator.diagnosis.finding import Kind
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
 from ckptd.sketches import Aggregator
-from ckptd.trainer import launch
+from ckptd.trainer import environment
 from ckptd.watching import Introduction, Observed, publish, started_ticks
 
 NOW = 1_800_000_000.0
@@ -345,11 +345,11 @@ def test_ckptd_run_switches_on_the_plugin_that_the_user_has_chosen(
         if name.startswith(("NCCL_", "TORCH_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    launch.prepare_environment("job", None)
+    environment.prepare("job", None)
     assert not any(name.startswith("NCCL_INSPECTOR") for name in os.environ)
     os.environ["NCCL_PROFILER_PLUGIN"] = "/opt/libnccl-profiler-inspector.so"
     os.environ["NCCL_INSPECTOR_DUMP_MIN_SIZE_BYTES"] = "4096"
-    launch.prepare_environment("job", None)
+    environment.prepare("job", None)
     assert watch_config(os.environ).inspector_problem == ""
     assert watch_config(os.environ).inspector
     assert os.environ["NCCL_INSPECTOR_DUMP_MIN_SIZE_BYTES"] == "4096"
