@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,9 @@ from ckptd.wire import (
 
 SKETCH_EVERY_S = 0.5
 _IDLE_SKETCH_S = 1.0
+_SKETCH_S_PER_RANK = 25e-6
+"""Jobs are told of the less often the more ranks they have, for one coordinator hears of all: each
+2 s of one with 80,000."""
 _TRANSFERS_EVERY_S = 2.0
 _HURRY_S = 30.0
 _APART_S = 1.1
@@ -129,16 +132,21 @@ class Sketcher:
         if (job, life) in self._lives:
             self._lives[job, life].whole = True
 
-    def sketches(self, at: float, live: Collection[Run], wrong: Collection[Run]) -> list[Sketch]:
+    def sketches(self, at: float, live: Mapping[Run, int], wrong: Collection[Run]) -> list[Sketch]:
         """What there is to say at `at`, epoch seconds, of those lives that have live trainers.
 
-        A life in which nothing moves, and nothing looks `wrong`, is told of less often.
+        `live`: how many ranks each has, on all nodes. A life in which nothing moves, and nothing
+        looks `wrong`, is told of less often.
         """
         self._heed_clock()
         found = []
         for run in [run for run in self._lives if run not in live]:
             del self._lives[run]
         for run, life in self._lives.items():
+            # By the clock, not since the last one: all agents tell at the same instants.
+            turns = max(1, round(live[run] * _SKETCH_S_PER_RANK / SKETCH_EVERY_S))
+            if round(at / SKETCH_EVERY_S) % turns and not life.whole:
+                continue
             idle = not (life.moved or life.whole or run in wrong)
             if idle and 0 <= at - life.sent_at < _IDLE_SKETCH_S:  # the clock may have been set
                 continue
@@ -186,7 +194,10 @@ class Reports:
                 await asyncio.sleep(SKETCH_EVERY_S - time.time() % SKETCH_EVERY_S)
                 now = time.time()
                 views = self.diagnosis.views()
-                live = {(v.introduction.job, v.introduction.life) for v in views}
+                live = {
+                    (v.introduction.job, v.introduction.life): v.introduction.world_size
+                    for v in views
+                }
                 wrong = {
                     (v.introduction.job, v.introduction.life)
                     for v in views

@@ -72,13 +72,13 @@ def test_a_rank_was_silent_for_as_long_as_it_was(
     ended = Collective("g", 1, "all_reduce", 64, 0, now, 1e-6, True, 0.5)
     hangs = Collective("g", 2, "all_reduce", 64, 0, now + 1.0, 1e-6)
     tell(ended, hangs)
-    sketcher.sketches(now + 1.0, {run}, ())
+    sketcher.sketches(now + 1.0, {run: 2}, ())
     now, up = now + 61.0 + by_s, up + 61.0
     tell()
-    (sketch,) = sketcher.sketches(now, {run}, {run})
+    (sketch,) = sketcher.sketches(now, {run: 2}, {run})
     assert (sketch.still_s, sketch.waiting_s, sketch.read_s) == ((60.0,), (60.0,), (0.0,))
     tell(msgspec.structs.replace(hangs, ended=True, duration_s=60.0))
-    (sketch,) = sketcher.sketches(now, {run}, ())
+    (sketch,) = sketcher.sketches(now, {run: 2}, ())
     assert (sketch.still_s, sketch.gap_s) == ((0.0,), 60.0)
     assert sketch.samples.entered_s == (60.0,)
 
@@ -87,5 +87,5 @@ def test_what_does_not_move_is_still_told() -> None:
     sketcher, run = Sketcher("a"), ("job", 1)
     record = Collective("g", 1, "all_reduce", 64, 0, 100.0, None, None, True)
     sketcher.add(Observed("job", 0, 1, "recorder", 100.0, (record,), (), (), 0))
-    assert sketcher.sketches(100.0 + HOUR_S, {run}, ())
-    assert sketcher.sketches(100.0, {run}, ()), "after the clock was set back"
+    assert sketcher.sketches(100.0 + HOUR_S, {run: 2}, ())
+    assert sketcher.sketches(100.0, {run: 2}, ()), "after the clock was set back"

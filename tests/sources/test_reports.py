@@ -46,7 +46,7 @@ def seen(seq: int, rank: int = 0, life: int = 1, groups=()) -> Observed:
 
 
 def test_a_sketch_is_sent_when_something_moved_and_else_now_and_then():
-    sketcher, live = Sketcher("n0"), [("job", 1)]
+    sketcher, live = Sketcher("n0"), {("job", 1): 2}
     sketcher.add(seen(1, groups=WORLD))
     (first,) = sketcher.sketches(200.0, live, [])
     assert (first.entered, first.parts[0].size) == ((1,), 2)
@@ -58,8 +58,19 @@ def test_a_sketch_is_sent_when_something_moved_and_else_now_and_then():
     assert len(sketcher.sketches(203.0, live, [])) == 1
 
 
+def test_a_large_job_is_told_of_less_often_by_all_agents_at_once():
+    sketcher, large = Sketcher("n0"), {("job", 1): 80_000}
+    sketcher.add(seen(1, groups=WORLD))
+    assert len(sketcher.sketches(200.5, large, [])) == 1, "whole, whenever it is asked for"
+    told = []
+    for turn in range(8):
+        sketcher.add(seen(2 + turn))
+        told += [sketch.at for sketch in sketcher.sketches(201.0 + turn / 2, large, large)]
+    assert told == [202.0, 204.0]
+
+
 def test_the_whole_layout_is_told_when_it_is_asked_for():
-    sketcher, live = Sketcher("n0"), [("job", 1)]
+    sketcher, live = Sketcher("n0"), {("job", 1): 2}
     sketcher.add(seen(1, groups=WORLD))
     sketcher.sketches(200.0, live, [])
     sketcher.tell_all("job", 1)
@@ -71,7 +82,7 @@ def test_a_new_life_knows_the_groups_that_were_told_in_the_one_before():
     sketcher = Sketcher("n0")
     sketcher.add(seen(1, life=0, groups=WORLD))
     sketcher.add(seen(7, life=1))
-    (sketch,) = sketcher.sketches(200.0, [("job", 1)], [])
+    (sketch,) = sketcher.sketches(200.0, {("job", 1): 2}, [])
     assert (sketch.life, sketch.entered) == (1, (7,))
 
 
