@@ -7,11 +7,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ckptd.agent.watcher import Watcher
@@ -32,25 +35,34 @@ _MODES = (PLAIN, RECORDER, TIMING)
 
 @click.command(cls=options.Command)
 @click.option("--ranks", type=click.IntRange(2), default=2, show_default=True, help="Processes.")
-@click.option("--width", type=click.IntRange(8), default=384, show_default=True, help="Of a layer.")
-@click.option("--layers", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--width", type=click.IntRange(8), default=128, show_default=True, help="Of a layer.")
+@click.option("--layers", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--rate",
+    type=click.FloatRange(1),
+    default=500.0,
+    show_default=True,
+    help="Collectives a second, if the machine can: between steps, ranks rest.",
+)
 @click.option(
     "--repeats",
     type=click.IntRange(1),
-    default=10,
+    default=6,
     show_default=True,
     help="How many times the sources take turns.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(2),
-    default=40,
+    default=160,
     show_default=True,
-    help="Measured steps in a turn; one more, before them, is not measured.",
+    help="Measured steps in a turn; two more, before them, are not measured.",
 )
 @options.as_json
-def command(ranks: int, width: int, layers: int, repeats: int, steps: int, as_json: bool) -> None:
-    """Step time of a watched job, to that of one that is not.
+def command(
+    ranks: int, width: int, layers: int, rate: float, repeats: int, steps: int, as_json: bool
+) -> None:
+    """What it takes to watch a job, and its step time to that of one that is not watched.
 
     Some ranks train a small model together under DDP over gloo, several all-reduces a step. They
     take turns:
@@ -59,8 +71,13 @@ def command(ranks: int, width: int, layers: int, repeats: int, steps: int, as_js
     unwatched    nobody reads; PyTorch's Flight Recorder is on, as it is by default
     recorder     an agent's watcher reads the Flight Recorder, once a second as it does
     timing       each collective is timed, and the watcher reads that
+
+    Ratios are to the step of the unwatched job, and to its processor time. What watching takes of
+    a processor is counted by the kernel, thread by thread, so that a busy machine hardly blurs it:
+    the threads in a trainer that answer, and the agent's part for each trainer. What timing takes
+    is in the training thread, and so in the ratios.
     """
-    report = asyncio.run(_measure(ranks, width, layers, repeats, steps))
+    report = asyncio.run(_measure(ranks, width, layers, rate, repeats, steps))
     if as_json:
         click.echo(json.dumps(report))
     else:
@@ -70,11 +87,11 @@ def command(ranks: int, width: int, layers: int, repeats: int, steps: int, as_js
 class _Ranks:
     """The processes of the job; rank 0 takes orders."""
 
-    def __init__(self, ranks: int, width: int, layers: int, folder: Path) -> None:
-        self._all = [self._start(rank, ranks, width, layers, folder) for rank in range(ranks)]
+    def __init__(self, ranks: int, arguments: Sequence[str], folder: Path) -> None:
+        self._all = [self._start(rank, ranks, arguments, folder) for rank in range(ranks)]
 
     def _start(
-        self, rank: int, ranks: int, width: int, layers: int, folder: Path
+        self, rank: int, ranks: int, arguments: Sequence[str], folder: Path
     ) -> "subprocess.Popen[str]":
         environ = {
             **os.environ,
@@ -88,7 +105,7 @@ class _Ranks:
         module = [sys.executable, "-m", "ckptd.trainer.bench_timing"]
         with (folder / f"{rank}.log").open("wb") as log:
             return subprocess.Popen(
-                [*module, str(width), str(layers), str(folder / "store")],
+                [*module, *arguments, str(folder / "store")],
                 env=environ,
                 stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if rank == 0 else log,
@@ -115,21 +132,29 @@ class _Ranks:
             process.wait()
 
 
-async def _measure(ranks: int, width: int, layers: int, repeats: int, steps: int) -> dict[str, Any]:
+async def _measure(
+    ranks: int, width: int, layers: int, rate: float, repeats: int, steps: int
+) -> dict[str, Any]:
     medians: dict[str, dict[int, float]] = {mode: {} for mode in _MODES}
     cpu_s: dict[str, dict[int, float]] = {mode: {} for mode in _MODES}
+    shares: dict[str, dict[str, list[float]]] = {mode: {} for mode in _MODES}
     records: list[Observed] = []
-    collectives = 0.0
+    collectives = per_s = 0.0
     with tempfile.TemporaryDirectory(prefix="ckptd-bench-") as folder:
-        job = _Ranks(ranks, width, layers, Path(folder))
+        job = _Ranks(ranks, [str(width), str(layers), str(rate)], Path(folder))
         try:
             await _block(job, PLAIN, steps, Path(folder), [])  # warm
             for turn in range(repeats):
                 for mode in order_of_turn(_MODES, turn):
+                    began_s = process_time()
                     told = await _block(job, mode, steps, Path(folder), records)
+                    agent_s = (process_time() - began_s) / ranks
+                    for where, used_s in (("trainer", told["watching_s"]), ("agent", agent_s)):
+                        shares[mode].setdefault(where, []).append(used_s / told["seconds"])
                     medians[mode][turn] = statistics.median(told["steps_s"])
                     cpu_s[mode][turn] = told["cpu_s"]
                     collectives = told["collectives"]
+                    per_s = steps * collectives / told["seconds"]
         finally:
             job.close()
     return {
@@ -140,7 +165,16 @@ async def _measure(ranks: int, width: int, layers: int, repeats: int, steps: int
         "repeats": repeats,
         "steps": steps,
         "collectives_per_step": collectives,
-        "sources": {mode: _outcome(mode, medians, cpu_s, records) for mode in _MODES},
+        "collectives_per_s": per_s,
+        "sources": {
+            mode: {
+                **_outcome(mode, medians, cpu_s, records),
+                "watching": {
+                    where: asdict(Spread.of(found)) for where, found in shares[mode].items()
+                },
+            }
+            for mode in _MODES
+        },
     }
 
 
@@ -184,18 +218,23 @@ async def _block(
 def _table(report: dict[str, Any]) -> Table:
     table = Table(
         title=f"{report['ranks']} ranks on {report['cores']} cores, "
-        f"{report['collectives_per_step']:.0f} collectives a step",
+        f"{report['collectives_per_step']:.0f} collectives a step, "
+        f"{report['collectives_per_s']:.0f} a second",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
     )
     table.add_column("source")
-    for head in ("step, ms", "to unwatched", "processor time, to unwatched", "records", "timed"):
+    for head in ("step, ms", "ratio", "CPU ratio", "in trainer", "in agent", "records", "timed"):
         table.add_column(head, justify="right")
     for mode, found in report["sources"].items():
         step = Spread(**found["step_s"])
         table.add_row(
             mode,
-            f"{step.median * 1e3:.1f} ({step.low * 1e3:.1f} to {step.high * 1e3:.1f})",
+            f"{step.median * 1e3:.1f}\n{step.low * 1e3:.1f}–{step.high * 1e3:.1f}",
             *(_three(mode, found[name]) for name in ("ratio", "cpu_ratio")),
+            *(_share(mode, found["watching"][where]) for where in ("trainer", "agent")),
             str(found["records"]),
             str(found["timed"]),
         )
@@ -206,4 +245,12 @@ def _three(mode: str, ratio: dict[str, float] | None) -> str:
     if ratio is None or mode == PLAIN:
         return "1"
     spread = Spread(**ratio)
-    return f"{spread.median:.3f} ({spread.low:.3f} to {spread.high:.3f})"
+    return f"{spread.median:.3f}\n{spread.low:.3f}–{spread.high:.3f}"
+
+
+def _share(mode: str, share: dict[str, float]) -> str:
+    """Of one processor."""
+    if mode == PLAIN:
+        return "–"
+    spread = Spread(**share)
+    return f"{spread.median:.2%}\n{spread.low:.2%}–{spread.high:.2%}"

@@ -1,14 +1,15 @@
-"""A rank of `ckptd bench timing`: `python -m ckptd.trainer.bench_timing WIDTH LAYERS STORE`.
+"""A rank of `ckptd bench timing`: `python -m ckptd.trainer.bench_timing WIDTH LAYERS RATE STORE`.
 
 Rank 0 is told, a line of JSON at a time, what source to have and how many steps to train, and
 answers with how long each took. All ranks switch together, in one process: what differs between
-two blocks is the source.
+two blocks is the source. Between steps they rest, so that there are RATE collectives a second.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from time import perf_counter, process_time
+from pathlib import Path
+from time import perf_counter, process_time, sleep
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from ckptd.trainer.timing import Timing
 from ckptd.trainer.worker_server import Shown, start
 
 _BATCH = 64
-_BUCKET_MIB = 1.0
-"""Small, so that a step has several collectives, as that of a large model has."""
+_BUCKET_MIB = 0.05
+"""Small, so that a step has many collectives, as that of a large model has."""
+_TASKS = Path("/proc/self/task")
 
 
 class _Training:
@@ -48,12 +50,14 @@ def main(arguments: Sequence[str]) -> None:
     """Train what rank 0 is told to, until it is told nothing more."""
     torch.set_num_threads(1)
     config = watch_config()
+    before = _threads()
     shown = start(config)
     if shown is None:
         raise SystemExit("this trainer cannot show itself")
+    watching = _threads() - before
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{arguments[2]}",
+        init_method=f"file://{arguments[3]}",
         rank=config.rank,
         world_size=config.world_size,
     )
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         timed, steps = _agree(config.rank)
         if not steps:
             break
-        told = _block(training, shown, timed, steps)
+        told = _block(training, shown, watching, timed, steps, float(arguments[2]))
         if config.rank == 0:
             print(json.dumps(told), flush=True)
     dist.destroy_process_group()
@@ -81,21 +85,41 @@ def _agree(rank: int) -> tuple[bool, int]:
 
 
 def _block(
-    training: _Training, shown: Shown, timed: bool, steps: int
+    training: _Training, shown: Shown, watching: set[str], timed: bool, steps: int, rate: float
 ) -> dict[str, float | list[float]]:
     timing = Timing(shown) if timed else None
     if timing is not None:
         shown.introduce(ring=str(shown.ring_path()))
-    training.step_s()
+    training.step_s()  # buckets are arranged anew after it
     before = _collectives()
-    cpu_s = process_time()
-    taken = [training.step_s() for _ in range(steps)]
-    cpu_s = process_time() - cpu_s
-    after = _collectives()
+    training.step_s()
+    collectives = _collectives() - before
+    cpu_s, watching_s, began = process_time(), _cpu_s(watching), perf_counter()
+    taken = []
+    for number in range(1, steps + 1):
+        taken.append(training.step_s())
+        sleep(max(0.0, began + number * collectives / rate - perf_counter()))
+    seconds = perf_counter() - began
+    cpu_s, watching_s = process_time() - cpu_s, _cpu_s(watching) - watching_s
     if timing is not None:
         timing.stop()
         shown.introduce(ring="")
-    return {"steps_s": taken, "cpu_s": cpu_s / steps, "collectives": (after - before) / steps}
+    return {
+        "steps_s": taken,
+        "seconds": seconds,
+        "cpu_s": cpu_s / steps,
+        "watching_s": watching_s,
+        "collectives": collectives,
+    }
+
+
+def _threads() -> set[str]:
+    return {path.name for path in _TASKS.iterdir()}
+
+
+def _cpu_s(threads: set[str]) -> float:
+    """What these threads of this process have used of a processor so far."""
+    return sum(int((_TASKS / each / "schedstat").read_text().split()[0]) for each in threads) / 1e9
 
 
 def _collectives() -> int:
