@@ -226,7 +226,7 @@ def _table(report: dict[str, Any]) -> Table:
         padding=(0, 1),
     )
     table.add_column("source")
-    for head in ("step, ms", "ratio", "CPU ratio", "in trainer", "in agent", "records", "timed"):
+    for head in ("step, ms", "ratio", "CPU ratio", "in trainer", "in agent", "records"):
         table.add_column(head, justify="right")
     for mode, found in report["sources"].items():
         step = Spread(**found["step_s"])
@@ -235,8 +235,7 @@ def _table(report: dict[str, Any]) -> Table:
             f"{step.median * 1e3:.1f}\n{step.low * 1e3:.1f}–{step.high * 1e3:.1f}",
             *(_three(mode, found[name]) for name in ("ratio", "cpu_ratio")),
             *(_share(mode, found["watching"][where]) for where in ("trainer", "agent")),
-            str(found["records"]),
-            str(found["timed"]),
+            f"{found['records']}\n{found['timed']} timed",
         )
     return table
 
@@ -245,7 +244,7 @@ def _three(mode: str, ratio: dict[str, float] | None) -> str:
     if ratio is None or mode == PLAIN:
         return "1"
     spread = Spread(**ratio)
-    return f"{spread.median:.3f}\n{spread.low:.3f}–{spread.high:.3f}"
+    return f"{spread.median:.2f}\n{spread.low:.2f}–{spread.high:.2f}"
 
 
 def _share(mode: str, share: dict[str, float]) -> str:
@@ -253,4 +252,4 @@ def _share(mode: str, share: dict[str, float]) -> str:
     if mode == PLAIN:
         return "–"
     spread = Spread(**share)
-    return f"{spread.median:.2%}\n{spread.low:.2%}–{spread.high:.2%}"
+    return f"{spread.median:.2%}\n{100 * spread.low:.2f}–{spread.high:.2%}"
