@@ -252,4 +252,4 @@ def _share(mode: str, share: dict[str, float]) -> str:
     if mode == PLAIN:
         return "–"
     spread = Spread(**share)
-    return f"{spread.median:.2%}\n{100 * spread.low:.2f}–{spread.high:.2%}"
+    return f"{spread.median:.2%}\n{100 * spread.low:.1f}–{spread.high:.1%}"
