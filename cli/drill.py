@@ -3,7 +3,7 @@
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -51,6 +51,12 @@ _NAMES = [fault.name for fault in FAULTS]
     help="Seconds that a step takes, nearly all of it asleep.",
 )
 @click.option(
+    "--compute",
+    is_flag=True,
+    help="Steps take so many seconds of a processor instead; with more ranks than processors they "
+    "last longer, and unevenly.",
+)
+@click.option(
     "--side-by-side",
     default=1,
     show_default=True,
@@ -85,6 +91,7 @@ def command(
     repeats: int,
     timing: bool,
     step_s: float,
+    compute: bool,
     side_by_side: int,
     job: str | None,
     fault: str | None,
@@ -123,7 +130,11 @@ def command(
     for name, reason in skipped.items():
         console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
     chosen = [fault for fault in chosen if fault.name not in skipped]
-    runs, is_whole = _hold(console, chosen, repeats, timing, step_s, side_by_side)
+
+    def make(place: Range, fault: Fault, number: int) -> Drill:
+        return Drill(place, fault, number, timing=timing, step_s=step_s, computes=compute)
+
+    runs, is_whole = _hold(console, chosen, repeats, make, side_by_side)
     if not is_whole:
         console.print("stopped; no process and no network is left behind")
     seen, unseen = _count(runs)
@@ -182,8 +193,7 @@ def _hold(
     console: Console,
     chosen: Sequence[Fault],
     repeats: int,
-    timing: bool,
-    step_s: float,
+    make: Callable[[Range, Fault, int], Drill],
     side_by_side: int,
 ) -> tuple[list[tuple[Fault, Drill]], bool]:
     """The runs that were held, and whether these are all."""
@@ -192,7 +202,7 @@ def _hold(
     total = len(chosen) * repeats
 
     def hold(place: Range, fault: Fault, number: int) -> None:
-        drill = Drill(place, fault, number, timing=timing, step_s=step_s)
+        drill = make(place, fault, number)
         if not place.stopped.is_set():
             drill.hold()
         if place.stopped.is_set():

@@ -178,14 +178,21 @@ class Drill:
     """One run of a fault."""
 
     def __init__(
-        self, place: Range, fault: Fault, number: int, *, timing: bool, step_s: float
+        self,
+        place: Range,
+        fault: Fault,
+        number: int,
+        *,
+        timing: bool,
+        step_s: float,
+        computes: bool = False,
     ) -> None:
         """`number` chooses the job, the rank and the moment, as a seed."""
         self._random = random.Random(f"{fault.name} {number} {timing}")
         kind = fault.jobs[(number + FAULTS.index(fault)) % len(fault.jobs)]
         ranks = _MOST_RANKS if kind == DDP and self._random.random() < 0.5 else len(NODES)
         rank = 0 if fault.oddity else self._random.randrange(ranks)
-        self._place, self._fault = place, fault
+        self._place, self._fault, self._computes = place, fault, computes
         self._cluster = place.cluster
         self.run = Run(fault.name, kind, rank, ranks, "timing" if timing else "default", step_s)
         self._job = f"drill-{fault.name}-{self.run.source}-{number}"
@@ -250,6 +257,7 @@ class Drill:
                 device=DEVICE if network else "",
                 oddity=fault.oddity,
                 loader=fault.strike == "loader",
+                computes=self._computes,
             )
         )
 

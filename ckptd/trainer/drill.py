@@ -1,8 +1,8 @@
 """The training processes of `ckptd drill`: `python -m ckptd.trainer.drill`, told on its input.
 
 It imports torch once, and forks the ranks of each job. They train small models over gloo, really,
-with collectives, a Checkpointer and an agent; only the computing that takes time on a GPU is sleep,
-so that many ranks fit on few processors.
+with collectives, a Checkpointer and an agent; only the computing that takes time on a GPU is sleep
+if not told otherwise, so that many ranks fit on few processors.
 """
 
 import contextlib
@@ -116,7 +116,10 @@ class Rank:
         if self.strike is not None and self.strike.factor:
             self._say_struck()
             seconds *= 1 + self.strike.factor
-        time.sleep(max(0.0, seconds))
+        if self.setup.computes:
+            _compute(seconds)
+        else:
+            time.sleep(max(0.0, seconds))
         if self.strike is not None and self.strike.what in _STRIKES:
             strike, self.strike = self.strike, None
             if not self._was_struck:
@@ -268,6 +271,14 @@ def _pipeline(rank: Rank, width: int) -> tuple[Train, nn.Module]:
 
 
 _BUILDERS = {DDP: _ddp, FSDP2: _fsdp2, HSDP: _fsdp2, PIPELINE: _pipeline}
+
+
+def _compute(seconds: float) -> None:
+    """Use so much of a processor, however long it takes to be given that."""
+    matrix = torch.ones(64, 64)
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        torch.mm(matrix, matrix)
 
 
 # The faults that a rank brings upon itself.

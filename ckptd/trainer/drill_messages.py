@@ -22,7 +22,7 @@ class Setup(msgspec.Struct, frozen=True):
     """The agent's, of each rank."""
     directory: str
     step_s: float
-    """How long a step takes, nearly all of it asleep."""
+    """How long a step takes, nearly all of it asleep, or how much of a processor if it computes."""
     timing: bool
     """Every collective is timed."""
     payload_bytes: int = 1 << 16
@@ -35,6 +35,8 @@ class Setup(msgspec.Struct, frozen=True):
     """What a healthy job does that looks odd."""
     loader: bool = False
     """Data comes from a worker process."""
+    computes: bool = False
+    """Steps are not asleep."""
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
