@@ -101,14 +101,14 @@ class Range:
     def __init__(self, network: bool) -> None:
         """`network`: each node has a link of its own, of a known rate, for agents and ranks."""
         self._secrets = tempfile.TemporaryDirectory(prefix="ckptd-key-")
-        key_file = Path(self._secrets.name) / "key"
-        key_file.touch(0o600)
-        key_file.write_bytes(new_key())
+        self.key_file = Path(self._secrets.name) / "key"
+        self.key_file.touch(0o600)
+        self.key_file.write_bytes(new_key())
         self.cluster = LocalCluster(
             coordinator_flags=["--policy", "observe", "--lease", "4"],
             agent_flags=["--memory-limit", "1GiB"],
             environ={"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            key_file=key_file,
+            key_file=self.key_file,
         )
         self.network: Network | None = None
         self.stopped = threading.Event()

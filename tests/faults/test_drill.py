@@ -46,7 +46,7 @@ def test_a_rank_of_ones_own_job_is_stopped_named_and_goes_on(place: Range) -> No
 
     place.cluster.wait("the diagnosis to know the job", knows_the_job, 100)
     flags = ["--job", JOB, "--fault", "stop", "--coordinator", place.cluster.endpoint, "--yes"]
-    flags += ["--agent", sockets[1]]
+    flags += ["--agent", sockets[1], "--key-file", str(place.key_file)]
     elsewhere = CliRunner().invoke(main, ["drill", *flags, "--rank", "3"])
     assert elsewhere.exit_code == 1
     assert "rank 3 of job 'own' does not run here: of its ranks 1 run" in elsewhere.output
