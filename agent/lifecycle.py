@@ -139,6 +139,8 @@ class Slot:
     """Connection of the trainer that may write to it."""
     id: SnapshotId | None = None
     rank: int = -1
+    place: tuple[int, int] | None = None
+    """(group, member) for which parity is made."""
     doomed: bool = False
     """Release it as soon as what is under way with it has ended."""
     guest: bool = False
@@ -266,7 +268,13 @@ class Lifecycle:
             )
         for name, size_bytes, parity in adopted.parities:
             self.slots[name] = Slot(
-                name, parity.id.job, size_bytes, Use.PARITY, parity=True, id=parity.id
+                name,
+                parity.id.job,
+                size_bytes,
+                Use.PARITY,
+                parity=True,
+                id=parity.id,
+                place=(parity.group, parity.member),
             )
         self._world_sizes = {s.id: s.world_size for _, s in adopted.segments}
         for _, sidecar in adopted.segments:
@@ -615,6 +623,7 @@ class Lifecycle:
             mine = self._parity_slot(id, size_bytes)
             if mine is None:
                 return
+            mine.place = place
         self._do(
             ev.Encode(manifest, message.cells, mine.name, mine.size_bytes, ranks=message.ranks)
         )
@@ -1109,7 +1118,7 @@ class Lifecycle:
         slot = self.slots[name]
         id, rank = slot.id, slot.rank
         slot.move(Use.FREE)
-        slot.id, slot.rank, slot.doomed = None, -1, False
+        slot.id, slot.rank, slot.place, slot.doomed = None, -1, None, False
         guest, slot.guest = slot.guest, False
         if slot.broken:
             self._delete(slot)
@@ -1272,12 +1281,15 @@ class Lifecycle:
         )
 
     def _holding(self, id: SnapshotId) -> Holding:
+        slots = self.slots.values()
+        parity = next((s for s in slots if s.id == id and s.use is Use.PARITY), None)
         return Holding(
             id=id,
             world_size=self._world_sizes.get(id, 0),
             extents=self._extents(id),
-            parity=any(s.id == id and s.use is Use.PARITY for s in self.slots.values()),
+            parity=parity is not None,
             manifest=self.manifests.get(id),
+            place=parity.place if parity is not None else None,
         )
 
     def _keep_manifest(self, manifest: JobManifest) -> None:

@@ -224,6 +224,8 @@ class Holding(msgspec.Struct, frozen=True):
     extents: tuple[Extent, ...] = ()
     parity: bool = False
     manifest: JobManifest | None = None
+    place: tuple[int, int] | None = None
+    """(group, member) for which its parity was made; another node may have that place now."""
 
 
 class RankState(msgspec.Struct, frozen=True):

@@ -36,8 +36,8 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
     """How the parity that no live node has can be made anew.
 
     A place whose node has not its segments is taken by one that has them all and has no place yet.
-    One that holds parity made it for the place that it had first: it can only take that one back,
-    and does so as long as its heir has no parity.
+    One that holds parity made it for a place that it had: it can only take that one back, and does
+    so as long as its heir has no parity.
     """
     held = recovery.rank_holders(holdings)
     members = manifest.nodes
@@ -54,7 +54,7 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
         for place in lacking:
             member = group.members[place]
             free = [node for node in outside if node not in taken.values()]
-            heir = next(_heirs(member, free, holdings), None)
+            heir = next(_heirs(member, (number, place), free, holdings), None)
             if is_at_home(member, member.node, holdings) and not (
                 heir is not None and holdings[heir].parity
             ):
@@ -70,10 +70,10 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
     return Plan(taken, tuple(groups), tuple(hindrances), tuple(homeless))
 
 
-def _heirs(member: Member, free: list[str], holdings: Holdings) -> Iterator[str]:
-    """Who of those without a place may take this one, the node that had it first before others."""
-    for node in sorted(free, key=lambda name: (name != member.origin, name)):
-        fits = node == member.origin or not holdings[node].parity
+def _heirs(member: Member, place: Place, free: list[str], holdings: Holdings) -> Iterator[str]:
+    """Who of those without a place may take this one, before others who has parity for it."""
+    for node in sorted(free, key=lambda name: (not holdings[name].parity, name)):
+        fits = not holdings[node].parity or holdings[node].place == place
         if fits and is_at_home(member, node, holdings):
             yield node
 

@@ -251,7 +251,8 @@ class Cluster:
     def encode(self, name: str, id: SnapshotId) -> None:
         """The node has stored all its parity of `id`."""
         held = self.nodes[name].holdings[id]
-        self.say(name, Holds(msgspec.structs.replace(held, parity=True)))
+        place = held.manifest.place_of(name) if held.manifest is not None else None
+        self.say(name, Holds(msgspec.structs.replace(held, parity=True, place=place)))
 
     def bring(self, name: str, id: SnapshotId, *ranks: int) -> None:
         """The node has fetched these segments, beside what it holds."""
@@ -259,8 +260,8 @@ class Cluster:
         extents = held.extents if held else ()
         manifest = self.coordinator.jobs[JOB].snapshots[id].manifest
         extents = tuple(sorted({*extents, *(Extent(rank, SIZE_BYTES) for rank in ranks)}))
-        parity = held is not None and held.parity
-        self.say(name, Holds(Holding(id, self.world_size, extents, parity, manifest)))
+        held = held or Holding(id, self.world_size)
+        self.say(name, Holds(msgspec.structs.replace(held, extents=extents, manifest=manifest)))
 
     def seal_all(self, id: SnapshotId) -> None:
         for rank in range(self.world_size):

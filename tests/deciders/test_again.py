@@ -37,8 +37,10 @@ def member(node: str, *ranks: int, captured_on: str | None = None) -> Member:
     return Member(node, tuple(Extent(rank, SIZE_BYTES) for rank in ranks), captured_on)
 
 
-def holds(*ranks: int, parity: bool = False) -> Holding:
-    return Holding(snapshot(1, 4), 9, tuple(Extent(r, SIZE_BYTES) for r in ranks), parity)
+def holds(*ranks: int, parity: bool = False, place: tuple[int, int] | None = None) -> Holding:
+    """`place`: for which it has parity, where that matters."""
+    extents = tuple(Extent(rank, SIZE_BYTES) for rank in ranks)
+    return Holding(snapshot(1, 4), 9, extents, parity or place is not None, place=place)
 
 
 THREE = group_of(member("a", 0), member("b", 1), member("c", 2, 3))
@@ -92,15 +94,20 @@ class TestThePlan:
         assert len(found.hindrances) == 1
 
     def test_who_holds_the_parity_of_another_place_takes_none(self) -> None:
-        found = again.plan(THREE, {**WHOLE, "z": holds(2, 3, parity=True)})
+        found = again.plan(THREE, {**WHOLE, "z": holds(2, 3, place=(0, 1))})
         assert not found.taken
 
-    def test_the_first_to_have_it_takes_its_place_back_while_the_heir_has_no_parity(self) -> None:
+    @pytest.mark.parametrize("name", ["c", "y"], ids=["the first", "an heir before"])
+    def test_who_had_it_takes_its_place_back_while_the_heir_has_no_parity(self, name: str) -> None:
         heir = group_of(member("a", 0), member("b", 1), member("z", 2, captured_on="c"))
-        back = {"c": holds(2, parity=True)}
-        assert again.plan(heir, {**WHOLE, "z": holds(2), **back}).taken == {(0, 2): "c"}
-        done = {**WHOLE, "z": holds(2, parity=True), **back}
+        back = {name: holds(2, place=(0, 2))}
+        assert again.plan(heir, {**WHOLE, "z": holds(2), **back}).taken == {(0, 2): name}
+        done = {**WHOLE, "z": holds(2, place=(0, 2)), **back}
         assert again.plan(heir, done) == again.Plan({}, (), ())
+
+    def test_who_had_it_first_and_has_the_parity_of_another_since_does_not(self) -> None:
+        lost = group_of(member("a", 0), member("b", 1), member("z", 2, captured_on="c"))
+        assert not again.plan(lost, {**WHOLE, "c": holds(2, place=(0, 1))}).taken
 
     def test_the_next_edition_changes_only_names(self) -> None:
         once = THREE.with_nodes({(0, 2): "z"})
@@ -294,7 +301,7 @@ class TestTheCoordinator:
             held = cluster.nodes[name].holdings[id]
             assert held.manifest == edition
             if not heard:
-                first = Holding(id, 4, held.extents, held.parity, before)
+                first = Holding(id, 4, held.extents, held.parity, before, held.place)
                 cluster.nodes[name].holdings[id] = first
         cluster.nodes["g"].inbox.clear()
         cluster.restart_coordinator(*order)
@@ -305,6 +312,29 @@ class TestTheCoordinator:
         cluster.pass_time(0.5)
         assert states(cluster)[1, 2] is State.PROTECTED
         assert len(happened(cluster, "protected_again")) == 1
+
+    def test_an_heir_that_was_lost_and_comes_back_takes_its_place_back(self) -> None:
+        """What it made is of use, though it did not have the place first."""
+        cluster, id = protected("g", "h")
+        cluster.destroy("c")
+        cluster.attach("r2", "a", "b", "g", "d")
+        cluster.ask()
+        cluster.bring("g", id, 2)
+        cluster.pass_time(0.5)
+        cluster.encode("g", id)
+        cluster.destroy("g")
+        old = dict(cluster.nodes["g"].holdings)
+        cluster.attach("r3", "a", "b", "h", "d")
+        cluster.ask()
+        cluster.bring("h", id, 2)
+        cluster.pass_time(0.5)
+        assert manifest_now(cluster, id).place_of("h") is not None
+        cluster.nodes["g"].up = True
+        cluster.nodes["g"].holdings = old
+        cluster.restart_agent("g")
+        cluster.pass_time(0.5)
+        assert manifest_now(cluster, id).place_of("g") is not None
+        assert shown(cluster)["may_lose"] == 2
 
     def test_the_lost_node_that_comes_back_with_its_memory_takes_its_place_back(self) -> None:
         cluster, id = protected("g")

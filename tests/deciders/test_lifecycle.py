@@ -531,6 +531,7 @@ class TestEncoding:
         assert node.use(encode.name) is Use.PARITY
         (held,) = reports(done, Holds)
         assert held.holding.parity
+        assert held.holding.place == (0, 0), "even if another node has it in a later edition"
         assert held.holding.manifest == manifest_of(id)
 
     def test_the_order_repeated_only_brings_new_addresses(self) -> None:
@@ -728,7 +729,7 @@ class TestComingBack:
         id = snapshot(1, 4)
         (hello, *_) = reports(Node(self.adopted(id)).actions, Hello)
         assert hello.holdings == (
-            Holding(id, WORLD, (Extent(0, SIZE_BYTES),), True, manifest_of(id)),
+            Holding(id, WORLD, (Extent(0, SIZE_BYTES),), True, manifest_of(id), place=(0, 0)),
         )
         assert hello.records == (record_of(1),)
         assert hello.problems == ("one file was set aside",)

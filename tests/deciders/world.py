@@ -138,6 +138,8 @@ class File:
     size_bytes: int
     segment: tuple[SnapshotId, int] | None = None
     parity: SnapshotId | None = None
+    place: tuple[int, int] = (0, 0)
+    """For which the parity is."""
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Disk:
                 size = file.size_bytes
                 segments.append((name, Sidecar(id, rank, self.ranks, size, CELL_BYTES, b"")))
             elif file.parity in self.manifests:
-                parity = ParitySidecar(file.parity, 0, 0, CELL_BYTES, (), b"")
+                parity = ParitySidecar(file.parity, *file.place, CELL_BYTES, (), b"")
                 parities.append((name, file.size_bytes, parity))
             else:
                 del self.files[name]
@@ -350,6 +352,11 @@ class Machine:
         """
         id, name = action.manifest.id, action.name
 
+        def made(place: tuple[int, int]) -> ev.Event:
+            file = self.disk.files.setdefault(name, File(action.size_bytes))
+            file.parity, file.place = id, place
+            return ev.Encoded(id)
+
         def attempt() -> ev.Event | None:
             if id not in self.runs:
                 return None
@@ -366,8 +373,7 @@ class Machine:
                 if found < order.ranks.keys():
                     self._later(self.plan.encode_again_s, attempt)
                     return None
-                self.disk.files.setdefault(name, File(action.size_bytes)).parity = id
-                return ev.Encoded(id)
+                return made(place)
             for member in order.manifest.groups[place[0]].members:
                 other = self.world.machines.get(member.node)
                 if (
@@ -378,8 +384,7 @@ class Machine:
                 ):
                     self._later(self.plan.encode_again_s, attempt)
                     return None
-            self.disk.files.setdefault(name, File(action.size_bytes)).parity = id
-            return ev.Encoded(id)
+            return made(place)
 
         self._later(self.plan.encode_s, attempt)
 
