@@ -1378,8 +1378,9 @@ class Coordinator:
     def _commit(self, job: Job, snapshot: Snapshot, now: float) -> None:
         """Give permission to free what the snapshot replaces: its ancestors, and dead branches.
 
-        Of its ancestors, as many protected ones stay as the job keeps. What a rollback gave up goes
-        once a life after it has a snapshot that is safe.
+        Of its ancestors, as many protected ones stay as the job keeps. What a rollback gave up, or
+        the life that runs has passed over, as it could not be loaded or its nodes were away, goes
+        once there is a snapshot after it that is safe: nobody would ever go on from it.
         """
         manifest = snapshot.manifest
         if manifest is None or job.has_given_up(snapshot.id):
@@ -1415,9 +1416,10 @@ class Coordinator:
                 )
                 if not verdict.restorable:
                     self._end(job, other, State.LOST, verdict.reason, now)
-                elif other.unloadable and snapshot.state is State.PROTECTED:
-                    reason = f"it could not be loaded, and {snapshot.id} is protected"
-                    self._end(job, other, State.LOST, reason, now)
+                elif safe and snapshot.id.life == job.life:
+                    retire.append(other.id)
+                    reason = f"life {job.life} began before it"
+                    self._end(job, other, State.RETIRED, reason, now, tell=False)
         for node in self.nodes:
             self._send(node, Commit(snapshot.id, tuple(retire)))
 

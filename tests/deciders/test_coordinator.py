@@ -439,7 +439,7 @@ class TestProtectAndCommit:
         assert states(cluster)[1, 2] is State.PROTECTED
         assert cluster.told("c", Commit) == [Commit(id, ())]
 
-    def test_commit_retires_only_ancestors(self) -> None:
+    def test_commit_retires_ancestors_and_what_the_life_has_passed_over(self) -> None:
         """b was away with its part of 1.3, so life 2 began from 1.2: 1.3 is a dead branch."""
         cluster = trained("a", "b", spares=("s",))
         first = cluster.tickets("a")[0]
@@ -456,11 +456,14 @@ class TestProtectAndCommit:
         assert third.life == 2
         for node in cluster.nodes.values():
             node.inbox.clear()
-        cluster.protect(third)
+        cluster.seal_all(third)
+        cluster.encode("a", third)
+        assert branch in cluster.coordinator.jobs[JOB].snapshots, "no other is safe yet"
+        cluster.encode("s", third)
         for name in "abs":
-            assert cluster.told(name, Commit) == [Commit(third, (first,))]
+            assert cluster.told(name, Commit) == [Commit(third, (first, branch))]
             assert cluster.told(name, Drop) == []
-        assert branch in cluster.coordinator.jobs[JOB].snapshots
+        assert branch not in cluster.coordinator.jobs[JOB].snapshots
 
     def test_what_could_not_be_loaded_goes_when_another_is_protected(self) -> None:
         cluster = trained("a", "b")
@@ -476,9 +479,13 @@ class TestProtectAndCommit:
         assert grant.id == first
         cluster.begin(grant, free_slots=1)
         assert branch in cluster.coordinator.jobs[JOB].snapshots
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        assert branch in cluster.coordinator.jobs[JOB].snapshots
         cluster.protect(cluster.tickets("a")[-1])
         for name in "ab":
-            assert branch in [m.id for m in cluster.told(name, Drop) if isinstance(m, Drop)]
+            retired = [m.retire for m in cluster.told(name, Commit) if isinstance(m, Commit)]
+            assert branch in retired[-1], "also by a coordinator that does not know why"
 
     def test_more_cells_than_are_possible_drop_the_snapshot_and_say_why(self) -> None:
         cluster = trained("a", "b")

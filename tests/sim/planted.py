@@ -52,7 +52,7 @@ class Bug:
 
 BUGS = {
     "commit_early": Bug("commits before all have encoded", patches=wrong.commit_early),
-    "retire_older": Bug("retires what is no ancestor", patches=wrong.retire_anything_older),
+    "retire_all": Bug("retires what is no ancestor", patches=wrong.retire_anything_else),
     "nothing_when_unsure": Bug(
         "starts from nothing when unsure",
         patches=wrong.nothing_when_unsure,

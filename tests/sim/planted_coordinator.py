@@ -25,8 +25,8 @@ def commit_early() -> list[Patch]:
     return [(Held, "is_protected", some_parity)]
 
 
-def retire_anything_older() -> list[Patch]:
-    return [(decider, "is_ancestor", lambda id, of, ancestors: id < of)]
+def retire_anything_else() -> list[Patch]:
+    return [(decider, "is_ancestor", lambda id, of, ancestors: id != of and id.life <= of.life)]
 
 
 def nothing_when_unsure() -> list[Patch]:

@@ -200,7 +200,8 @@ class Truth:
         self, decider: Coordinator, id: SnapshotId, retire: tuple[SnapshotId, ...]
     ) -> None:
         for other in retire:
-            if not self._is_ancestor(other, id) and not self.given_up(other):
+            may_go = self._is_ancestor(other, id) or self.given_up(other)
+            if not may_go and not self._is_passed_over(other, id):
                 raise Violation(f"{id} retires {other}, which is none of its ancestors")
         self._must_keep(decider, id, set(retire))
         job = decider.jobs.get(id.job)
@@ -296,6 +297,12 @@ class Truth:
                 return True
             of = start
         return id.life == of.life and id.step < of.step
+
+    def _is_passed_over(self, id: SnapshotId, by: SnapshotId) -> bool:
+        """Whether a later life began before it, and has had what is safe."""
+        complete = by in self._complete.get(by.job, ())
+        safe = complete or self._world.jobs[by.job].nodes == 1 or self._survives_a_loss(by)
+        return id.life < by.life and safe
 
     def _went_back(self, grant: Grant) -> None:
         """Somebody chose where this life begins: what is newer is given up."""
