@@ -527,6 +527,11 @@ class Lifecycle:
                 spare_bytes=self.spare_bytes,
                 obeyed=self._obeyed(now),
                 log=self._stored,
+                capturing=tuple(
+                    (slot.id, slot.rank)
+                    for slot in self.slots.values()
+                    if slot.use in (Use.CAPTURING, Use.CHECKING) and slot.id is not None
+                ),
             )
         )
 

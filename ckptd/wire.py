@@ -277,6 +277,8 @@ class Hello(Message, frozen=True):
     obeyed: Obeyed = Obeyed()
     log: LogSummary = LogSummary()
     """What it keeps of the journal."""
+    capturing: tuple[tuple[SnapshotId, Rank], ...] = ()
+    """Captures that are under way there."""
 
 
 class Fetching(msgspec.Struct, frozen=True):

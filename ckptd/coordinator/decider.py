@@ -462,10 +462,9 @@ class Coordinator:
         # All that it holds is taken in before anything is decided from it.
         for holding in hello.holdings:
             self._holds(hello.node, holding, now)
-        known = {holding.id for holding in hello.holdings}
         for job in list(self.jobs.values()):
             job.changed = True
-            self._resend_orders(job, hello.node, known, fresh, now)
+            self._resend_orders(job, hello, now)
         for state in hello.ranks:
             self._rank_report(hello.node, state, now)
         for job in list(self.jobs.values()):
@@ -483,23 +482,27 @@ class Coordinator:
         job.vacancies, job.finished, job.left = {}, set(), set()
         job.resumed_from = choice.origin(record)
 
-    def _resend_orders(
-        self, job: Job, node: str, held: set[SnapshotId], fresh: bool, now: float
-    ) -> None:
-        """Orders are idempotent: give `node` those that it may have missed.
+    def _resend_orders(self, job: Job, hello: Hello, now: float) -> None:
+        """Orders are idempotent: give the node those that it may have missed.
 
-        `fresh`: its agent was restarted, and captures that were under way are lost.
+        A capture that it has neither sealed nor under way will never end: its ticket was lost, or
+        the news that it had failed, or the agent was restarted.
         """
+        node, under_way = hello.node, set(hello.capturing)
+        held = {holding.id for holding in hello.holdings}
         for snapshot in list(job.snapshots.values()):
             for rank in [r for r, where in snapshot.rebuilding.items() if where == node]:
                 del snapshot.rebuilding[rank]
             snapshot.unbuilt.clear()  # with this node others may succeed, too
             if snapshot.state in (State.TICKETED, State.CAPTURING):
                 ranks = [rank for rank, where in job.members.items() if where == node]
-                lost = snapshot.id not in held or (
-                    fresh and not all(self._holds_rank(snapshot.id, rank) for rank in ranks)
-                )
-                if snapshot.id.life == job.life and ranks and lost:
+                lost = [
+                    rank
+                    for rank in ranks
+                    if (snapshot.id, rank) not in under_way
+                    and not self._holds_rank(snapshot.id, rank)
+                ]
+                if snapshot.id.life == job.life and lost:
                     self._end(job, snapshot, State.DROPPED, f"the agent on {node} was away", now)
             elif snapshot.state is State.SEALED and snapshot.manifest is not None:
                 if snapshot.manifest.place_of(node) is not None:

@@ -258,9 +258,18 @@ class TestTickets:
         id = cluster.tickets("a")[0]
         for rank in (0, 2):
             cluster.seal(rank, id)
-        cluster.hello("a")
+        cluster.say("a", msgspec.structs.replace(cluster.hello_of("a"), capturing=((id, 1),)))
         cluster.seal(1, id)
         assert cluster.told("b", Protect)
+
+    def test_a_capture_that_failed_unheard_ends_when_the_agent_says_hello(self) -> None:
+        cluster = trained("a", "a", "b")
+        id = cluster.tickets("a")[0]
+        for rank in (0, 2):
+            cluster.seal(rank, id)
+        cluster.hello("a")
+        assert id not in cluster.coordinator.jobs[JOB].snapshots
+        assert [drop.id for drop in cluster.told("b", Drop) if isinstance(drop, Drop)] == [id]
 
     def test_a_ticket_that_was_lost_is_not_waited_for(self) -> None:
         cluster = trained("a", "b")

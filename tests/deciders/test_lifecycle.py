@@ -776,6 +776,21 @@ class TestComingBack:
         assert [h.id for h in hello.holdings] == [snapshot(1, 4)]
         assert [(r.rank, r.life, r.free_slots, r.seen_step) for r in hello.ranks] == [(0, 1, 1, 4)]
 
+    def test_hello_says_which_captures_are_under_way(self) -> None:
+        node = Node()
+        node.train()
+        id = snapshot(1, 4)
+        name = node.ticket(id)
+        assert reports(node.order(WhoAreYou()), Hello)[0].capturing == ((id, 0),)
+        node.say(1, Sealed(id))
+        assert reports(node.order(WhoAreYou()), Hello)[0].capturing == ((id, 0),), "being checked"
+        node.do(ev.SegmentChecked(name, sidecar_of(id)))
+        assert reports(node.order(WhoAreYou()), Hello)[0].capturing == ()
+        torn = snapshot(1, 5)
+        node.ticket(torn)
+        node.say(1, CaptureFailed(torn, "torn", "something wrote to it"))
+        assert reports(node.order(WhoAreYou()), Hello)[0].capturing == ()
+
     def test_a_welcome_after_a_silence_repeats_what_was_asked(self) -> None:
         node = Node()
         node.attach(1)
