@@ -106,6 +106,7 @@ class Faults:
         jobs = [job for job in self._world.jobs.values() if machine in job.pool]
         if not jobs:
             return False
+        jobs += self._waited_for(machine)
         machine.destroy()
         self._fail_jobs_on(machine)
         generation, name = machine.generation + 1, machine.name
@@ -123,12 +124,16 @@ class Faults:
         machine = self._machine()
         if not self._world.truth.survives(machine):
             return False
-        launchers = [p.job for p in machine.processes if isinstance(p, SpareLauncher)]
+        jobs = self._waited_for(machine)
         machine.wipe()
         self._fail_jobs_on(machine)
-        for job in launchers:
+        for job in jobs:
             SpareLauncher(machine, job)
         return True
+
+    def _waited_for(self, machine: Machine) -> list[TrainingJob]:
+        """The jobs for which it is a spare."""
+        return [p.job for p in machine.processes if isinstance(p, SpareLauncher)]
 
     def _fail_jobs_on(self, machine: Machine) -> None:
         for job in self._world.jobs.values():
