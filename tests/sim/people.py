@@ -34,6 +34,8 @@ class People:
         """Nodes on which no launcher starts ranks."""
         self._fulfilled: dict[tuple[str, int], SnapshotId] = {}
         """(job, life) to the snapshot that somebody chose for it."""
+        self._granted_by: dict[tuple[str, int], Coordinator] = {}
+        """(job, life) to the coordinator that granted it last."""
 
     # Going back.
 
@@ -145,19 +147,21 @@ class People:
     # What must hold.
 
     def check(self, office: "CoordinatorProcess", grant: Grant) -> None:
-        """A coordinator in office grants a life, for the first time or again."""
-        truth = self._world.truth
-        if truth.is_granted(grant):
+        """A coordinator in office grants a life. What it says again was decided before."""
+        truth, decider = self._world.truth, office.decider
+        assert decider is not None
+        life = grant.job, grant.life
+        if truth.is_granted(grant) or self._granted_by.get(life) is decider:
             return
+        self._granted_by[life] = decider
         wish = self.wish(office, grant)
         if wish is not None:
             if grant.id != wish:
                 raise Violation(f"{grant.job} starts from {grant.id}, though {wish} was asked for")
-            self._fulfilled[grant.job, grant.life] = wish
+            self._fulfilled[life] = wish
         elif grant.id is not None and truth.given_up(grant.id):
             raise Violation(f"{grant.job} falls back to {grant.id}, which was given up")
-        assert office.decider is not None
-        log = office.hearsay.log(office.decider)
+        log = office.hearsay.log(decider)
         for name in grant.record.nodes:
             if log.is_isolated(name) is not None:
                 raise Violation(f"life {grant.life} of {grant.job} has ranks on isolated {name}")
