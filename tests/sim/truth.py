@@ -344,7 +344,8 @@ class Truth:
                 self.promises[id.job] = newer[-1]
             return
         known = self.sealed.get(id.job, set())
-        if id in known and not any(self.restorable(other) for other in sorted(known)):
+        there = known | self._complete.get(id.job, set())  # the latter by an old coordinator
+        if id in known and not any(self.restorable(other) for other in sorted(there)):
             raise Violation(f"{id} was freed, and was all that {id.job} had")
 
     def _without_a_group(self, id: SnapshotId) -> list[SnapshotId]:
