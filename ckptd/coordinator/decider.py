@@ -959,7 +959,7 @@ class Coordinator:
         nodes = choice.members_of(snapshot.manifest)
         wanted = snapshot.id == self.rollback_of(job)
         better = None if wanted else self._better(job, snapshot)
-        was_protected = recovery.has_all_parity(snapshot.manifest, holdings)
+        was_protected = recovery.was_protected(holdings)
         if better is not None and better < snapshot.id and job.keep > 1 and was_protected:
             return  # it is kept beside the older one
         if better is not None:

@@ -42,7 +42,7 @@ def is_safe(snapshot: Snapshot, nodes: Mapping[str, Node]) -> bool:
     if manifest is None or snapshot.state not in (State.SEALED, State.PROTECTED):
         return False
     holdings = live_holdings(nodes, snapshot.id)
-    if snapshot.state is State.SEALED:
+    if snapshot.state is State.SEALED and not recovery.was_protected(holdings):
         shards = [group.parity_shards for group in manifest.groups if group.parity_shards]
         if shards and recovery.margin(manifest, holdings) < min(shards):
             return False

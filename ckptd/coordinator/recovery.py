@@ -101,6 +101,14 @@ def has_all_parity(manifest: JobManifest | None, holdings: Holdings) -> bool:
     )
 
 
+def was_protected(holdings: Holdings) -> bool:
+    """Whether all parity of some edition is there, whoever has been given a place since."""
+    manifests = {
+        held.manifest.edition: held.manifest for held in holdings.values() if held.manifest
+    }
+    return any(has_all_parity(manifest, holdings) for manifest in manifests.values())
+
+
 def margin(manifest: JobManifest | None, holdings: Holdings) -> int:
     """How many more nodes of each group may surely be lost, whichever they are.
 

@@ -14,6 +14,7 @@ from ckptd.wire import (
     Holding,
     Holds,
     LifeResumed,
+    Protect,
     ResumeWaits,
     RollBack,
     SnapshotFailed,
@@ -186,6 +187,20 @@ class TestKeep:
         cluster.pass_time(cluster.settings.lease_s)
         assert {older, newest} <= set(cluster.coordinator.jobs[JOB].snapshots)
         assert not any(newest in (drop.id,) for drop in cluster.told("a", Drop))  # type: ignore[attr-defined]
+
+    def test_a_new_coordinator_keeps_what_was_protected_though_a_place_was_given_away(self) -> None:
+        """The node that had it is back when its heir has the parity of the newest alone."""
+        cluster, (older, newest) = training(2, snapshots=2)
+        cluster.add("e")
+        for id in (older, newest):
+            cluster.bring("e", id, 3)
+        cluster.restart_coordinator("a", "b", "c", "e")
+        cluster.pass_time(cluster.settings.lease_s + 0.5, silent="d")
+        assert [m for m in cluster.told("e", Protect) if m.manifest.id == older]  # type: ignore[attr-defined]
+        cluster.hello("d")
+        cluster.encode("e", newest)
+        assert newest in [m.id for m in cluster.told("e", Commit)]  # type: ignore[attr-defined]
+        assert {older, newest} <= set(cluster.coordinator.jobs[JOB].snapshots)
 
     def test_ranks_that_differ_are_told_so_and_get_no_life(self) -> None:
         cluster = Cluster("a", "b")
