@@ -154,6 +154,12 @@ def members_of(manifest: JobManifest | None) -> set[str]:
     return {member.node for group in groups for member in group.members}
 
 
+def origins_of(manifest: JobManifest | None) -> set[str]:
+    """Nodes that had a part in a snapshot first, though others may have their places now."""
+    groups = manifest.groups if manifest is not None else ()
+    return {member.origin for group in groups for member in group.members}
+
+
 def origin(record: JobRecord) -> SnapshotId | None:
     """The snapshot from which the record's life began, or None for nothing."""
     if not record.ancestors:

@@ -954,9 +954,10 @@ class Coordinator:
         """
         if now < self._settled_at:
             return  # too few nodes have been heard
+        self._look_at_parity(job, now)  # a node that is back may have its place again
         reason, holdings = snapshot.unprotected, self.live_holdings(snapshot.id)
         verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
-        nodes = choice.members_of(snapshot.manifest)
+        nodes = choice.expected_nodes(job) | choice.origins_of(snapshot.manifest)
         wanted = snapshot.id == self.rollback_of(job)
         better = None if wanted else self._better(job, snapshot)
         was_protected = recovery.was_protected(holdings)

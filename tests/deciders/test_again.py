@@ -352,6 +352,31 @@ class TestTheCoordinator:
         assert shown(cluster)["may_lose"] == 2
         assert id not in [drop.id for drop in cluster.told("c", Drop) if isinstance(drop, Drop)]
 
+    @pytest.mark.parametrize("resumed", [True, False])
+    def test_nothing_is_lost_as_long_as_a_node_is_away_whose_place_was_taken(
+        self, resumed: bool
+    ) -> None:
+        """A new coordinator has never heard of it, and two of four have come back empty."""
+        cluster, id = protected("g")
+        cluster.destroy("d")
+        if resumed:
+            cluster.attach("r2", *"abcg")
+            cluster.ask()
+        cluster.bring("g", id, 3)
+        for name in "bc":
+            cluster.nodes[name].holdings, cluster.nodes[name].token = {}, "emptied"
+        cluster.restart_coordinator(*"abcg")
+        cluster.pass_time(cluster.settings.lease_s + 1)
+        assert manifest_now(cluster, id).place_of("g") == (0, 3)
+        cluster.nodes["d"].up = True
+        cluster.restart_agent("d")
+        cluster.pass_time(1)
+        cluster.stop_job()
+        cluster.attach("r3", *"abcd")
+        grant = cluster.ask()
+        assert grant is not None
+        assert grant.id == id
+
     def test_the_lost_node_that_comes_back_too_late_does_no_harm(self) -> None:
         cluster, id = protected("g")
         cluster.destroy("c")
