@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import msgspec
+import pytest
 
 from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status
@@ -201,6 +202,26 @@ class TestKeep:
         cluster.encode("e", newest)
         assert newest in [m.id for m in cluster.told("e", Commit)]  # type: ignore[attr-defined]
         assert {older, newest} <= set(cluster.coordinator.jobs[JOB].snapshots)
+
+    @pytest.mark.parametrize("older", [1, 2])
+    def test_a_new_coordinator_keeps_what_may_have_been_protected_if_there_is_room(
+        self, older: int
+    ) -> None:
+        """A segment of it is lost, and the parity of another node; an older one is whole."""
+        cluster, made = training(2, snapshots=older)
+        newest = cluster.make_protected() if older == 1 else cluster.tickets("a")[-1]
+        if older == 2:
+            cluster.seal_all(newest)
+            for name in ("a", "b", "d"):
+                cluster.encode(name, newest)
+        for name, lost in (("b", {"parity": False}), ("c", {"extents": ()})):
+            held = cluster.nodes[name].holdings[newest]
+            cluster.nodes[name].holdings[newest] = msgspec.structs.replace(held, **lost)
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s + 1)
+        known = cluster.coordinator.jobs[JOB].snapshots
+        assert set(made) <= set(known)
+        assert (newest in known) is (older == 1)
 
     def test_ranks_that_differ_are_told_so_and_get_no_life(self) -> None:
         cluster = Cluster("a", "b")
