@@ -259,7 +259,7 @@ class Faults:
             return False
         name = self._random.choice(names)
         file = disk.files[name]
-        before, at_stake = file.data, self._at_stake(name)
+        before, at_stake = file.data, self._at_stake(machine, name)
         file.data = Damaged(file.data)
         if not self._harmless(at_stake):
             file.data = before
@@ -274,7 +274,7 @@ class Faults:
         if machine.agent is None or not disk.files:
             return False
         name = self._random.choice(list(disk.files))
-        at_stake = self._at_stake(name)
+        at_stake = self._at_stake(machine, name)
         kept = disk.files.pop(name), disk.seals.pop(name, None), disk.parity_seals.pop(name, None)
         if not self._harmless(at_stake):
             disk.files[name] = kept[0]
@@ -287,10 +287,10 @@ class Faults:
         machine.kill_agent((0.05, 0.5))
         return True
 
-    def _at_stake(self, name: str) -> list[SnapshotId]:
+    def _at_stake(self, machine: Machine, name: str) -> list[SnapshotId]:
         """What the loss of a file must leave restorable; nothing protects a job on one node."""
         job = self._world.jobs[name.split("/")[0]]
-        return self._world.truth.at_stake(job.name) if job.nodes > 1 else []
+        return self._world.truth.at_stake(job.name, machine) if job.nodes > 1 else []
 
     def _harmless(self, at_stake: list[SnapshotId]) -> bool:
         return bool(at_stake) and all(self._world.truth.restorable(id) for id in at_stake)

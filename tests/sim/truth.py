@@ -46,6 +46,8 @@ class Truth:
         """Of each job: a snapshot to which it went back, and the life that began there."""
         self._complete: dict[str, set[SnapshotId]] = {}
         """Snapshots of each job that all nodes have encoded, committed or not."""
+        self._covered: set[tuple[SnapshotId, str]] = set()
+        """Snapshots, and nodes of groups that have encoded them, whatever other groups have."""
         self._captured: set[tuple[SnapshotId, int]] = set()
         self._lives: dict[tuple[str, int], tuple[str, SnapshotId | None]] = {}
         """(job, life) to the round that it was granted to, and the snapshot."""
@@ -326,8 +328,10 @@ class Truth:
     def encoded(self, id: SnapshotId, node: str, manifest: JobManifest) -> None:
         """A node has all its parity of a snapshot."""
         self._encoded.add((id, node))
-        members = [m.node for g in manifest.groups if g.parity_shards for m in g.members]
-        if all((id, member) in self._encoded for member in members):
+        groups = [[m.node for m in g.members] for g in manifest.groups if g.parity_shards]
+        done = [group for group in groups if all((id, name) in self._encoded for name in group)]
+        self._covered.update((id, name) for group in done for name in group)
+        if done == groups:
             self._complete.setdefault(id.job, set()).add(id)
 
     def freed(self, id: SnapshotId) -> None:
@@ -366,16 +370,23 @@ class Truth:
             if job.name not in self.promises:
                 if job.name in machine.disk.records or machine in job.pool:
                     return False  # nothing was promised yet
-            elif any(not self.restorable(id, machine) for id in self.at_stake(job.name)):
+            elif any(not self.restorable(id, machine) for id in self.at_stake(job.name, machine)):
                 return False
         return True
 
-    def at_stake(self, job: str) -> list[SnapshotId]:
-        """What a fault by itself must leave restorable."""
+    def at_stake(self, job: str, machine: "Machine | None" = None) -> list[SnapshotId]:
+        """What a fault by itself, of `machine` if it is given, must leave restorable.
+
+        Also what only other groups are still to protect: when they have, it is committed, though
+        nobody may know yet of what happened in the group of this one.
+        """
         promise = self.promises.get(job)
         if promise is None:
             return []
         ids = {promise, *(id for id in self._complete.get(job, ()) if id > promise)}
+        if machine is not None:
+            covered = (id for id, name in self._covered if name == machine.name)
+            ids.update(id for id in covered if id.job == job and id > promise)
         ids.update(self._world.people.wanted(job))
         return [id for id in sorted(ids) if self.restorable(id)]
 
