@@ -536,8 +536,7 @@ class Lifecycle:
         )
 
     def _keep(self, record: JobRecord) -> None:
-        old = self.records.get(record.job)
-        if old is None or old.life < record.life:
+        if record.is_later(self.records.get(record.job)):
             self.records[record.job] = record
             self._do(ev.KeepRecord(record))
             self._trim(record.job)

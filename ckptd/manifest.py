@@ -178,6 +178,8 @@ class JobRecord(msgspec.Struct, frozen=True):
     and the nodes of the job. `nodes` maps each node of the life to the token of its memory
     directory: another token means that the node came back with nothing. `keep`: how many protected
     snapshots are kept. `holders`: other nodes that hold something of what the life begins from.
+    `term`: in which it was granted. Of two records of a life, one was granted in vain, as nobody is
+    left who could have told rank 0: that of the lower term.
     """
 
     job: JobId
@@ -187,6 +189,11 @@ class JobRecord(msgspec.Struct, frozen=True):
     keep: Annotated[int, msgspec.Meta(ge=1)] = 1
     given_up: tuple[GivenUp, ...] = ()
     holders: tuple[NodeId, ...] = ()
+    term: Count = 0
+
+    def is_later(self, other: "JobRecord | None") -> bool:
+        """Whether it counts instead of `other`."""
+        return other is None or (self.life, self.term) > (other.life, other.term)
 
     def has_given_up(self, id: SnapshotId) -> bool:
         """Whether a rollback went back past `id`, so that the job must not go on from it."""

@@ -453,7 +453,7 @@ class Coordinator:
                 self._send(hello.node, Forget(record.job, "it was forgotten while you were away"))
                 continue
             job = self._job(record.job)
-            if job.record is None or record.life > job.record.life:
+            if record.is_later(job.record):
                 self._adopt_record(job, record)
         for job in self.jobs.values():
             if job.record is not None:
@@ -1673,7 +1673,8 @@ class Coordinator:
             older = (each for each in given_up if (each.life, each.step) < (start.life, start.step))
             given_up = (*older, GivenUp(start.life, start.step, life))
         others = self.live_holdings(start).keys() - nodes.keys() if start is not None else ()
-        job.record = JobRecord(job.name, life, nodes, chain, keep, given_up, tuple(sorted(others)))
+        holders = tuple(sorted(others))
+        job.record = JobRecord(job.name, life, nodes, chain, keep, given_up, holders, self.term)
         job.keeps = {keep}
         job.life, job.round, job.members = life, pending.round, members
         job.grants += 1

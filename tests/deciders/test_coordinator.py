@@ -710,7 +710,9 @@ class TestResume:
         grant = cluster.ask()
         assert grant is not None
         assert grant.id is None
-        assert grant.record == JobRecord(JOB, 1, {"a": "memory of a", "b": "memory of b"}, ())
+        assert grant.record == JobRecord(
+            JOB, 1, {"a": "memory of a", "b": "memory of b"}, (), term=1
+        )
 
     def test_a_fresh_coordinator_waits_for_agents_that_may_know(self) -> None:
         cluster = Cluster("a", "b")
@@ -1128,6 +1130,23 @@ class TestARestartedCoordinator:
         assert not said.final
         cluster.hello("a")
         assert cluster.granted("b")[-1].id == first
+
+    @pytest.mark.parametrize("order", ["abc", "cba"])
+    def test_a_life_that_was_granted_twice_began_where_the_later_term_says(
+        self, order: str
+    ) -> None:
+        """Only c has heard of the first grant, and the coordinator died before rank 0 could."""
+        cluster = trained(*"abc")
+        cluster.make_protected()
+        cluster.stop_job()
+        cluster.attach("r2", *"abc")
+        grant = cluster.ask()
+        assert grant is not None
+        in_vain = msgspec.structs.replace(grant.record, ancestors=(), term=grant.record.term - 1)
+        cluster.nodes["c"].record = in_vain
+        cluster.restart_coordinator(*order)
+        assert cluster.coordinator.jobs[JOB].record == grant.record
+        assert cluster.coordinator.jobs[JOB].resumed_from == grant.id
 
     def test_a_run_that_may_be_older_gets_no_life_while_another_trains(self) -> None:
         """Its processes were stopped when the job was started again; then they wake up and ask."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import pytest
+from msgspec import structs
 
 from ckptd.agent import events as ev
 from ckptd.agent.lifecycle import USES, Identity, Lifecycle, Use
@@ -1024,6 +1025,13 @@ class TestTheOrderContract:
         node = Node(ev.Adopted(records=(record_of(3),)))
         assert not only(ev.KeepRecord, node.order(Record(record_of(2))))
         assert only(ev.KeepRecord, node.order(Record(record_of(4))))
+
+    def test_of_two_records_of_a_life_that_of_the_later_term_counts(self) -> None:
+        """The coordinator before granted it too, and died before rank 0 could hear of it."""
+        first, second = (structs.replace(record_of(3), term=term) for term in (4, 5))
+        node = Node(ev.Adopted(records=(first,)))
+        assert only(ev.KeepRecord, node.order(Record(second)))
+        assert not only(ev.KeepRecord, node.order(Record(first)))
 
 
 class TestTalk:

@@ -58,8 +58,8 @@ class Truth:
     # Training.
 
     def is_granted(self, grant: Grant) -> bool:
-        """Whether some agent has heard of this life."""
-        return (grant.job, grant.life) in self._lives
+        """Whether some agent has heard of this grant of its life, and of no other since."""
+        return self._lives.get((grant.job, grant.life)) == (grant.round, grant.id)
 
     def granted(self, run: "Run", grant: Granted) -> None:
         """Rank 0 has its life."""
@@ -153,16 +153,17 @@ class Truth:
                         raise Violation(f"the record of life {record.life} says another start")
 
     def granted_to(self, grant: Grant) -> None:
-        """An agent has heard of a life: from now on there is no other of that number."""
-        answer = (grant.round, grant.id)
-        if (grant.job, grant.life) not in self._lives:
-            self._went_back(grant)
-        known = self._lives.setdefault((grant.job, grant.life), answer)
-        if known != answer:
+        """An agent has heard of a life: once rank 0 has, there is no other of that number."""
+        key, answer = (grant.job, grant.life), (grant.round, grant.id)
+        known = self._lives.get(key)
+        if known is not None and known != answer and key in self._owners:
             raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
+        if known != answer:
+            self._went_back(grant)
+        self._lives[key] = answer
 
     def _grants(self, office: "CoordinatorProcess", grant: Grant) -> None:
-        if (grant.job, grant.life) in self._lives:
+        if self.is_granted(grant):
             return  # said again
         if any(job == grant.job and life > grant.life for job, life in self._lives):
             raise Violation(f"life {grant.life} of {grant.job} is granted after a later one")
@@ -421,7 +422,12 @@ class Truth:
                     raise Violation(f"{job.name} has {len(job.attachments)} attachments")
 
     def check_rest(self) -> None:
-        """When all is quiet, memory is what the running lives need, and no more."""
+        """When all is quiet, memory is what the running lives need, and all know of the same."""
+        for job in self._world.jobs.values():
+            disks = [machine.disk for machine in self._world.machines.values() if machine.alive]
+            records = [disk.records[job.name] for disk in disks if job.name in disk.records]
+            if any(record != records[0] for record in records):
+                raise Violation(f"agents keep different records of {job.name}: {records}")
         for machine in self._world.machines.values():
             if not machine.alive or machine.agent is None:
                 continue
