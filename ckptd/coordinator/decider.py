@@ -336,7 +336,12 @@ class Coordinator:
 
     @property
     def forgetful(self) -> tuple[str, ...]:
-        """Live nodes that do not keep all yet that was asked for, and would outlive this."""
+        """Live nodes that do not keep all yet that was asked for, and would outlive this.
+
+        If none is live, all that are known: nobody keeps it then.
+        """
+        if not any(node.live for node in self.nodes.values()):
+            return tuple(sorted(self.nodes))
         return self._replication.lacking
 
     def rollback_of(self, job: Job) -> SnapshotId | None:

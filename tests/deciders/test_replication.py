@@ -254,6 +254,15 @@ class TestWholeClusters:
         cluster.destroy("c")
         assert cluster.coordinator.forgetful == ()
 
+    def test_what_nobody_is_there_to_keep_is_not_kept(self) -> None:
+        cluster = Cluster("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.start("a", "b")
+        wanted = cluster.make_protected()
+        cluster.obey(RollBack(JOB, wanted.step))
+        cluster.destroy("a", "b")
+        assert cluster.coordinator.forgetful == ("a", "b")
+
     def test_nothing_is_retired_before_the_log_is_there(self) -> None:
         """What the newest would replace may be what somebody wants to go back to."""
         cluster = Cluster("a", "b")
