@@ -1421,12 +1421,16 @@ class Coordinator:
         for other in list(job.snapshots.values()):
             if other.id in kept:
                 continue
+            under_way = other.state in (State.TICKETED, State.CAPTURING)
             if is_ancestor(other.id, snapshot.id, manifest.ancestors):
                 retire.append(other.id)
-                if other.state in (State.TICKETED, State.CAPTURING):
+                if under_way:
                     self._end(job, other, State.DROPPED, f"{snapshot.id} is newer", now)
                 else:
                     self._end(job, other, State.RETIRED, "", now, tell=False)
+            elif other.id.life < snapshot.id.life and under_way:
+                # Of a coordinator before, that has not heard of its end: those trainers are gone.
+                self._end(job, other, State.DROPPED, f"{snapshot.id} is of a later life", now)
             elif other.id.life < snapshot.id.life and safe and job.has_given_up(other.id):
                 retire.append(other.id)
                 self._end(job, other, State.RETIRED, "given up by a rollback", now, tell=False)
