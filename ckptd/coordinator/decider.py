@@ -965,7 +965,11 @@ class Coordinator:
         nodes = choice.expected_nodes(job) | choice.origins_of(snapshot.manifest)
         wanted = snapshot.id == self.rollback_of(job)
         better = None if wanted else self._better(job, snapshot)
-        if better is not None and better < snapshot.id and self._may_stay(job, snapshot, verdict):
+        if (
+            better is not None
+            and better < snapshot.id
+            and self._may_stay(job, snapshot, verdict, holdings)
+        ):
             return  # it is kept beside the older one
         if better is not None:
             # Only a life that runs needs the slots for its next snapshots.
@@ -983,13 +987,19 @@ class Coordinator:
             # Lost, not dropped: the job has had a snapshot, and must not start from nothing.
             self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
 
-    def _may_stay(self, job: Job, snapshot: Snapshot, verdict: recovery.Verdict) -> bool:
+    def _may_stay(
+        self,
+        job: Job,
+        snapshot: Snapshot,
+        verdict: recovery.Verdict,
+        holdings: recovery.Holdings,
+    ) -> bool:
         """Whether it is kept beside an older one that survives more losses.
 
         If it was protected; or if it may have been, for all that a coordinator knows that was not
         there then, as long as there are slots for new ones.
         """
-        if recovery.was_protected(self.live_holdings(snapshot.id)):
+        if recovery.was_protected(holdings):
             return job.keep > 1
         whole = (State.SEALED, State.PROTECTED)
         older = sum(s.id < snapshot.id and s.state in whole for s in job.snapshots.values())

@@ -665,8 +665,10 @@ class Supervisor:
 
     def _begin_probes(self, finding: Finding, now: float) -> None:
         """Before a network is blamed, it is measured: at the first suspicion, while it lasts."""
+        if finding.number in self._probing:
+            return
         probing = Probing(finding, self._nodes(), self._parent.cells_of, now)
-        if probing.awaited and finding.number not in self._probing:
+        if probing.awaited:
             self._probing[finding.number] = probing
             for node, order in probing.orders(self.job, self.life.number):
                 self._tell(node, order)
