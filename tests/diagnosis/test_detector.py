@@ -7,6 +7,7 @@ import pytest
 
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.coordinator.diagnosis import Detector, Finding, Kind, Offset, Scope
+from ckptd.coordinator.diagnosis.score import BOLD
 from ckptd.sketches import Aggregator, Sketch
 
 from .simulation import Fault, Job, Shape, play
@@ -46,6 +47,15 @@ def test_a_slow_rank_is_named_and_then_it_is_over() -> None:
     assert news[0].number == news[1].number
     assert "rank 5 on node node-00000 arrives last" in news[0].sentence
     assert 0.5 <= news[0].confidence <= 1
+
+
+def test_without_durations_a_slow_rank_is_not_told_from_slow_communication() -> None:
+    fault = Fault("slow", 120, ranks=(5,), factor=3.0)
+    (timed,) = watch(Job(SMALL, 2, fault), 170)
+    (entered,) = watch(Job(SMALL, 2, fault, "entries"), 170)
+    assert timed.confidence > BOLD > entered.confidence
+    assert "or its communication, which is not timed, is slow" in entered.sentence
+    assert "not timed" not in timed.sentence
 
 
 def test_a_node_is_named_rather_than_all_its_ranks() -> None:

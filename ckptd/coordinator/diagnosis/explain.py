@@ -21,7 +21,8 @@ from ckptd.coordinator.diagnosis.thresholds import Thresholds
 
 SURE = 0.99
 _TIMING_ALONE = 0.75
-"""Nothing that timing alone says of a hang is surer than this."""
+"""Nothing that timing alone says of a hang is surer than this, nor what entering times alone say of
+a slow rank: one whose transfers are slow is late, too."""
 
 
 def stall(table: Table, found: Stall, timeout_s: float, limits: Thresholds, now: float) -> Finding:
@@ -228,16 +229,18 @@ def _slow_ranks(
     for culprit in _culprits(table, verdicts.ranks, limits, blamed):
         strength = max(verdicts.ranks[rank] for rank in culprit.ranks)
         share = max(float(verdicts.excess[rank]) for rank in culprit.ranks)
+        is_timed = any(table.has_durations(rank) for rank in culprit.ranks)
+        or_else = "" if is_timed else "; or its communication, which is not timed, is slow"
         findings[f"slow {culprit}"] = Finding(
             number=0,
             kind=Kind.NON_COMMUNICATION_SLOW,
             culprit=culprit,
             since=since,
             found_at=now,
-            confidence=_strength(strength),
+            confidence=min(SURE if is_timed else _TIMING_ALONE, _strength(strength)),
             sentence=(
                 f"{culprit} arrives last: it waits {share:.0%} of the time less than the ranks "
-                f"that do the same work, which usually differ by {verdicts.deviation:.1%}"
+                f"that do the same work, which usually differ by {verdicts.deviation:.1%}{or_else}"
             ),
             evidence={
                 "excess_share": round(share, 4),

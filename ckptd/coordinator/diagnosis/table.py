@@ -309,6 +309,12 @@ class Table:
     def node_name(self, rank: int) -> str:
         return self.nodes[int(self.rank_node[rank])]
 
+    def has_durations(self, rank: int) -> bool:
+        """Whether a source tells how long operations of this rank took."""
+        return not bool(
+            np.isnan(self.row_duration[: self.used][self.rank[: self.used] == rank]).all()
+        )
+
     def node_names(self, ranks: Ints | list[int]) -> tuple[str, ...]:
         """The nodes of `ranks`, each once, in order of names."""
         return tuple(sorted({self.node_name(int(rank)) for rank in ranks}))
