@@ -49,8 +49,6 @@ _SKETCH_S_PER_RANK = 25e-6
 2 s of one with 80,000."""
 _TRANSFERS_EVERY_S = 2.0
 _HURRY_S = 30.0
-_APART_S = 1.1
-"""The coordinator wants a suspect at the same place for a second."""
 _STACK_LINES = 40
 _STACK_LIMIT = 6000
 _HELPERS_SHARE = 0.1
@@ -256,7 +254,7 @@ class Reports:
     async def _look(self, order: LookAt) -> None:
         shown = [told for told in self._shown(order.job, order.life) if told.rank in order.ranks]
         before = {told.pid: family_used(told.pid) for told in shown}
-        pairs = await self.diagnosis.look_twice_at(shown, _APART_S)
+        pairs = await self.diagnosis.look_twice_at(shown, order.apart_s)
         looks = {}
         for first, second in pairs:
             cpu_s, moved = (

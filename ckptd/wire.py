@@ -694,7 +694,8 @@ class TellAll(Message, frozen=True):
 
 
 class LookAt(Message, frozen=True):
-    """Look twice at those of these ranks that are on this node; answered by Looked.
+    """Look twice at those of these ranks that are on this node, so many seconds apart; answered by
+    Looked.
 
     `counts`: ask NCCL what it counts, too; answered by Counted, if NCCL answers.
     """
@@ -703,6 +704,7 @@ class LookAt(Message, frozen=True):
     life: Count
     finding: Count
     ranks: tuple[Rank, ...]
+    apart_s: Annotated[float, msgspec.Meta(ge=0.1, le=5.0)]
     counts: bool = False
 
 

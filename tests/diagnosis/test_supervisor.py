@@ -21,6 +21,7 @@ from ckptd.coordinator.diagnosis.supervisor import (
     Supervisors,
     Tell,
 )
+from ckptd.coordinator.diagnosis.witness import WitnessLimits
 from ckptd.journal import Incident, Isolated, Journal, Restarts
 from ckptd.sketches import Aggregator
 from ckptd.watching import Place
@@ -229,6 +230,15 @@ def test_who_makes_progress_is_looked_at_again_and_again_and_left_alone(job: Job
     job.run(20)
     assert job.kinds()[2:] == ["finding_over"]
     assert job.all.suspects_of(JOB) == job.all.suspects_of("another") == set()
+
+
+def test_the_first_looks_are_close_and_later_ones_far_enough_apart(job: Job) -> None:
+    job.does, limits = STUCK, WitnessLimits()
+    job.run(100, hung=True)
+    first, *later = [order.message.apart_s for order in job.ordered(LookAt)]
+    assert first == limits.first_apart_s < limits.stuck_s
+    assert set(later) == {limits.later_apart_s}
+    assert limits.later_apart_s > limits.stuck_s
 
 
 def test_a_stuck_rank_is_shown_with_its_stack(job: Job) -> None:

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Kind, Scope
-from ckptd.coordinator.diagnosis.witness import Doing, Verdict, in_collective, judge
+from ckptd.coordinator.diagnosis.witness import Doing, Verdict, WitnessLimits, in_collective, judge
 from ckptd.wire import Look
 
 COMPUTING = "train.py:10 main\ntrain.py:20 next_batch\nloader.py:5 read"
@@ -46,6 +46,16 @@ def test_the_same_place_for_too_short_a_time_is_looked_at_again() -> None:
     judgement = judge(finding(), {3: (FIRST, replace(FIRST, at=100.5))}, 102.0)
     assert judgement.verdict is Verdict.WAIT
     assert judgement.look_again_s > 0
+
+
+def test_a_look_is_due_when_the_time_that_is_given_runs_out() -> None:
+    limits, found, wait_s = WitnessLimits(), finding(), 4.0
+    out = found.since + limits.still_s - limits.later_apart_s
+    assert limits.next_look(found, 1, wait_s, out - 5.0) == out - 5.0 + wait_s
+    assert limits.next_look(found, 1, wait_s, out - 3.0) == out
+    assert limits.next_look(found, 1, wait_s, out) == out + wait_s
+    assert limits.next_look(found, 2, wait_s, out) == out + 1.5 * wait_s
+    assert limits.next_look(found, 99, wait_s, out) == out + limits.look_again_max_s
 
 
 def test_a_dead_process_is_its_launcher_s() -> None:

@@ -315,11 +315,11 @@ def test_the_coordinator_is_told_what_it_has_asked_for(tmp_path: Path) -> None:
         async with asyncio.timeout(60):
             while not reports.diagnosis._groups:
                 await asyncio.sleep(0.02)
-            reports.order(LookAt("job", 7, 5, (0,)))
+            reports.order(LookAt("job", 7, 5, (0,), 0.5))
             while not any(isinstance(each, Looked) for each in sent):
                 await asyncio.sleep(0.02)
             assert not any(isinstance(each, Counted) for each in sent)  # nobody had asked
-            reports.order(LookAt("job", 7, 5, (0,), counts=True))
+            reports.order(LookAt("job", 7, 5, (0,), 0.5, counts=True))
             while not any(isinstance(each, Counted) for each in sent):
                 await asyncio.sleep(0.02)
         running.cancel()

@@ -55,7 +55,6 @@ POLICIES = (OBSERVE, RESTART, ISOLATE)
 _RECORDS_KEPT = 100
 _JOBS_LIMIT = 256
 _LOOK_PATIENCE_S = 8.0
-_LOOK_AGAIN_MAX_S = 15.0
 _COLLECT_PATIENCE_S = 8.0
 _REPEAT_KILL_S = 3.0
 _KILLS = 10
@@ -450,6 +449,8 @@ class Supervisor:
         for rank in case.finding.suspects:
             ranks.setdefault(self._node_of(rank), []).append(rank)
         case.asked_at, case.looks, case.awaited = now, {}, {node for node in ranks if node}
+        limits = self._parent.settings.witness
+        apart_s = limits.later_apart_s if case.tries else limits.first_apart_s
         case.tries += 1
         for place, node in enumerate(sorted(case.awaited)):
             order = LookAt(
@@ -457,6 +458,7 @@ class Supervisor:
                 self.life.number,
                 case.finding.number,
                 tuple(sorted(ranks[node])),
+                apart_s,
                 counts=place < _COUNTING_NODES,
             )
             self._tell(node, order)
@@ -480,8 +482,9 @@ class Supervisor:
         if text != case.said:
             case.said = text
             self._note("witness", text, finding=case.finding.number)
-        pause_s = (judgement.look_again_s or limits.look_again_s) * 1.5 ** min(case.tries - 1, 10)
-        case.asked_at, case.look_at = 0.0, now + min(pause_s, _LOOK_AGAIN_MAX_S)
+        wait_s = judgement.look_again_s or limits.look_again_s
+        case.asked_at = 0.0
+        case.look_at = limits.next_look(case.finding, case.tries, wait_s, now)
 
     def _open_incident(self, case: _Case, now: float) -> None:
         assert case.judgement is not None

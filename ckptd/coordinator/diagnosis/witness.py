@@ -61,6 +61,10 @@ class WitnessLimits:
 
     apart_s: float = 0.4
     """Two samples closer together than this say nothing."""
+    first_apart_s: float = 0.5
+    """So far apart are the first two: enough to see who is stopped, and who only waits."""
+    later_apart_s: float = 1.1
+    """And all others: enough for `stuck_s`."""
     busy_share: float = 0.02
     """CPU seconds a second above which a process does something; a sleeping one's helper threads
     use less."""
@@ -74,6 +78,16 @@ class WitnessLimits:
     """A suspect that makes progress is given so long before it counts as hung all the same."""
     look_again_s: float = 2.0
     """Seconds to the next look where this one was not enough."""
+    look_again_max_s: float = 15.0
+    """And at most, after many of them."""
+
+    def next_look(self, finding: Finding, tries: int, wait_s: float, now: float) -> float:
+        """When to look again, after so many looks: less and less often, and when the time that a
+        process or transfer is given runs out."""
+        at = now + min(wait_s * 1.5 ** min(tries - 1, 10), self.look_again_max_s)
+        given_s = self.transfer_s if finding.kind is Kind.COMMUNICATION_HANG else self.still_s
+        out = finding.since + given_s - self.later_apart_s
+        return out if now < out < at else at
 
 
 _COLLECTIVE = re.compile(
