@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import pytest
 
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.coordinator.diagnosis import Detector, Finding, Kind, Offset, Scope
 from ckptd.coordinator.diagnosis.score import BOLD
+from ckptd.coordinator.diagnosis.slowness import History
+from ckptd.coordinator.diagnosis.windows import Window
 from ckptd.sketches import Aggregator, Sketch
 
 from .simulation import Fault, Job, Shape, play
@@ -81,6 +84,19 @@ def test_a_source_that_only_tells_of_enqueueing_names_no_slow_rank() -> None:
     fault = Fault("slow", 120, ranks=(5,), factor=3.0)
     news = watch(Job(SMALL, 2, fault, "gpu entries"), 220)
     assert all(finding.culprit.scope is Scope.JOB for finding in news)
+
+
+def test_who_sends_seven_times_in_a_window_is_compared_like_who_sends_eight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A window ends after eight operations of data parallelism; a step has one, and one send."""
+    windows: list[Window] = []
+    add = History.add
+    monkeypatch.setattr(History, "add", lambda self, w: (windows.append(w), add(self, w))[1])
+    shape = replace(SMALL, pipeline=2, tensor=1, layers=1, buckets=1, noise=0.05)
+    assert watch(Job(shape, 7, source="gpu"), 900, poll_steps=0.9) == []
+    assert len(windows) > 50
+    assert max(float(np.nanmax(window.excess)) for window in windows) < 0.15
 
 
 def test_clocks_that_are_not_known_well_enough_prove_nothing() -> None:

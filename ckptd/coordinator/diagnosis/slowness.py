@@ -262,13 +262,16 @@ def _deviation(kept: deque[Floats]) -> float:
 
 
 def _median(windows: list[Floats]) -> Floats:
-    """Of each rank over the windows that know it; NaN where fewer than two do."""
+    """Of each rank over the windows that know it; NaN where two or fewer do.
+
+    One delay may fall into two windows, so the two largest are never it, however few are known.
+    """
     ordered = np.sort(np.stack(windows), axis=0)  # NaN comes last
     known = np.count_nonzero(~np.isnan(ordered), axis=0)
-    column = np.arange(ordered.shape[1])
+    column, third = np.arange(ordered.shape[1]), np.maximum(known - 3, 0)
     low, high = (
-        ordered[np.maximum(known - 1, 0) // 2, column],
-        ordered[known // 2 % len(ordered), column],
+        ordered[np.minimum(middle, third), column]
+        for middle in (np.maximum(known - 1, 0) // 2, known // 2)
     )
-    median: Floats = np.where(known >= 2, (low + high) / 2, np.nan)
+    median: Floats = np.where(known >= 3, (low + high) / 2, np.nan)
     return median

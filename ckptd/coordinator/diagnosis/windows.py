@@ -16,6 +16,7 @@ from ckptd.coordinator.diagnosis.table import Bools, Floats, Ints, Table
 _DATA_PARALLEL = re.compile(
     r"(?<![a-z])(h?dp|ddp|data|data_parallel|fsdp|shard|replicate)(?![a-z])"
 )
+_DIGITS = re.compile(r"\d+")
 KINDS_MAX = 1 << 20
 """Of operations; a group's number times this, and the kind's, make a key."""
 _EXPERT = re.compile(r"(?<![a-z])(e[dp]?p|expert)")
@@ -48,6 +49,8 @@ class Meter:
         self._version = -1
         self.position: Ints = np.zeros(0, np.int64)
         """Of each rank: the group of those in its place of pipeline and tensor; -1 for none."""
+        self._sort: Ints = np.zeros(0, np.int64)
+        """Of each group: one number for all that are used alike."""
         self.began_at = 0.0
         self._ended: Ints = np.zeros(0, np.int64)
         self._waited_s: Floats = np.zeros(0)
@@ -61,6 +64,7 @@ class Meter:
         if self._version != table.version:
             self._version = table.version
             self.position = positions(table)
+            self._sort = _sorts(table)
         newest = np.maximum.reduceat(table.row_seq[: table.used].max(axis=1), table.starts)
         self._row_seq_used = newest
 
@@ -91,9 +95,12 @@ class Meter:
         is_known = (rows >= self._rows_min)[group] & ~np.isnan(share)
         share, is_known = self._prefer_sums(table, share, is_known, rows, pace, seconds)
         compared = np.unique(self.position[self.position >= 0])
-        is_few = count < self._ops_min
-        # A group that is hardly used tells nothing and costs nothing, unless it is compared.
-        is_idle = (is_few & ~np.isin(np.arange(len(count)), compared))[group]
+        is_compared = np.isin(np.arange(len(count)), compared)
+        # A group that is hardly used tells nothing and costs nothing, unless it is compared. So
+        # that ranks can be, groups of a sort are all left out, or none is.
+        _, usual = _medians(self._sort, count.astype(np.float64))
+        is_few = np.where(is_compared, count, usual[self._sort]) < self._ops_min
+        is_idle = (is_few & ~is_compared)[group]
         is_known &= ~is_few[group]
         is_double = _seen_twice(table)
         share, is_known = np.where(is_double, 0.0, share), is_known | is_double
@@ -187,6 +194,20 @@ def _seen_twice(table: Table) -> Bools:
     is_timed_rank[rank[is_known & is_timed]] = True
     double: Bools = is_known & table.enqueued[used] & ~is_timed & is_timed_rank[rank]
     return double
+
+
+def _sorts(table: Table) -> Ints:
+    """For each group a number from 0 on: the same for those of one size and one description."""
+    numbers: dict[tuple[int, bool, str], int] = {}
+    return np.array(
+        [
+            numbers.setdefault(
+                (part.size, part.pair is not None, _DIGITS.sub("", part.description)), len(numbers)
+            )
+            for part in table.group_parts
+        ],
+        np.int64,
+    )
 
 
 def positions(table: Table) -> Ints:
