@@ -1,4 +1,5 @@
-"""Nodes in network namespaces, around a switch that loses what some of them say, and then not."""
+"""Nodes in network namespaces, around a switch that loses what some of them say, or with a rule
+that refuses it, and then not."""
 
 import ctypes
 import os
@@ -37,6 +38,13 @@ class Cables(netns.Network):
 
     def mend(self, machine: int) -> None:
         self._port(machine, "master", "br0")
+
+    def refuse(self, machine: int, to: int, verb: str = "add") -> None:
+        """What a machine sends to that one is refused by a rule, as by a firewall that rejects;
+        whoever sends is told. All others it reaches."""
+        where, host = self.nodes[machine], self.host(to)
+        command = ["ip", "-n", where, "rule", verb, "to", host, "prohibit", "priority", "10"]
+        subprocess.run(command, check=True)
 
     def _port(self, machine: int, *change: str) -> None:
         command = ["ip", "-n", self._switch, "link", "set", f"p{machine}", *change]
@@ -141,6 +149,22 @@ def test_a_node_and_then_the_coordinator_are_cut_off_and_come_back(here: Apart) 
     assert newest >= again
     here.train()
     assert here.wait_for_start() == newest
+
+
+def test_a_rule_refuses_what_a_node_sends_to_the_coordinator_and_is_taken_back(
+    here: Apart,
+) -> None:
+    """Its peers it reaches. It is lost, for nobody can ask it anything, and comes back."""
+    before = here.wait_for_protected(here.protected())
+    here.cables.refuse(2, to=COORDINATOR)
+    here.wait("n2 to be lost", lambda: here.state("n2") == "lost")
+    step, cut_off = here.trained_steps(), here.protected()
+    here.wait("training to go on", lambda: here.trained_steps() > step + 20)
+    assert here.protected() == cut_off, "protected without the node that is refused"
+    here.cables.refuse(2, to=COORDINATOR, verb="del")
+    after = here.wait_for_protected(cut_off)
+    here.wait("n2 to be live", lambda: here.state("n2") == "live")
+    assert after.life == before.life
 
 
 def test_a_node_that_is_cut_off_for_a_moment_in_mid_encode(here: Apart) -> None:
