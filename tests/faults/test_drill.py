@@ -34,7 +34,9 @@ def test_who_is_struck_is_blamed(place: Range, name: str) -> None:
     assert drill.expected.who(said) is Who.RIGHT
 
 
-def test_a_rank_of_ones_own_job_is_stopped_named_and_goes_on(place: Range) -> None:
+def test_a_rank_of_ones_own_job_is_stopped_slowed_and_killed_and_named_each_time(
+    place: Range,
+) -> None:
     directory = place.cluster.directory / JOB
     directory.mkdir()
     sockets = tuple(str(place.cluster.socket(node)) for node in NODES)
@@ -45,12 +47,13 @@ def test_a_rank_of_ones_own_job_is_stopped_named_and_goes_on(place: Range) -> No
         return bool(found.get("life")) and found["hang_timeout_s"] < 100
 
     place.cluster.wait("the diagnosis to know the job", knows_the_job, 100)
-    flags = ["--job", JOB, "--fault", "stop", "--coordinator", place.cluster.endpoint, "--yes"]
+    flags = ["--job", JOB, "--coordinator", place.cluster.endpoint, "--yes"]
     flags += ["--agent", sockets[1], "--key-file", str(place.key_file)]
-    elsewhere = CliRunner().invoke(main, ["drill", *flags, "--rank", "3"])
+    stop = ["drill", *flags, "--fault", "stop"]
+    elsewhere = CliRunner().invoke(main, [*stop, "--rank", "3"])
     assert elsewhere.exit_code == 1
     assert "rank 3 of job 'own' does not run here: of its ranks 1 run" in elsewhere.output
-    result = CliRunner().invoke(main, ["drill", *flags, "--rank", "1"])
+    result = CliRunner().invoke(main, [*stop, "--rank", "1"])
     assert result.exit_code == 0, result.output
     assert "right: rank 1 on node n2 was named" in result.output
     process = psutil.Process(int(pid_path(directory, 1).read_text()))
@@ -59,6 +62,11 @@ def test_a_rank_of_ones_own_job_is_stopped_named_and_goes_on(place: Range) -> No
     place.cluster.wait(
         "training to go on", lambda: steps_path(directory).read_text().count("\n") > made + 3, 60
     )
+    for fault in (["slow", "--percent", "200"], ["kill"]):
+        result = CliRunner().invoke(main, ["drill", *flags, "--rank", "1", "--fault", *fault])
+        assert result.exit_code == 0, result.output
+        assert "right: rank 1 on node n2 was named" in result.output
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     place.end(JOB)
 
 
