@@ -227,6 +227,11 @@ class Journal:
         entry = self._newest.get(f"quota {job}")
         return entry.body.size_bytes if entry and isinstance(entry.body, Quota) else None
 
+    def restarts(self, job: str) -> Restarts | None:
+        """The restarts of `job` that its breaker counts, if there were any."""
+        entry = self._newest.get(f"restarts {job}")
+        return entry.body if entry and isinstance(entry.body, Restarts) else None
+
 
 def _encoded(entry: Entry) -> bytes:
     return msgspec.msgpack.encode(entry)

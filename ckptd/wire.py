@@ -834,6 +834,12 @@ class SetQuota(Message, frozen=True):
     size_bytes: Count | None
 
 
+class Rearm(Message, frozen=True):
+    """A job may be restarted by itself again: what stopped that has been seen to."""
+
+    job: JobId
+
+
 class Answer(Message, frozen=True):
     """The coordinator's answer to the CLI: a JSON document, or an error text."""
 
@@ -841,7 +847,7 @@ class Answer(Message, frozen=True):
     error: str = ""
 
 
-ClientOrder = RemoveJob | RollBack | DrainNode | IsolateNode | SetQuota
+ClientOrder = RemoveJob | RollBack | DrainNode | IsolateNode | SetQuota | Rearm
 ClientMessage = AskStatus | ClientOrder
 
 

@@ -22,6 +22,7 @@ _VERBS = {
     "plan": "Say what a code costs and what it survives, before anyone starts.",
     "quota": "Limit the memory that a job may have on each node.",
     "readmit": "Let an isolated node take part again.",
+    "rearm": "Let a job be restarted by itself again, after too many restarts.",
     "rendezvous": "Run the store through which torchrun's launchers find one another.",
     "rm": "Forget a job and free its memory on every node.",
     "rollback": "Let a job resume next from an older snapshot.",

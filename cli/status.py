@@ -198,7 +198,8 @@ def _health(diagnosis: Mapping[str, Any], job: str, training: bool) -> list[Text
             )
             found.append(show.note(text, show.BAD))
     if known["restarts_stopped"]:
-        found.append(show.note(known["restarts_stopped"], show.BAD))
+        text = f"{known['restarts_stopped']}. Once that is mended: ckptd rearm {job}"
+        found.append(show.note(text, show.BAD))
     if training and known["unseen_ranks"]:
         found.append(show.note(known["quiet_because"]))
     elif training and not known["findings"]:

@@ -118,7 +118,8 @@ def test_status_says_what_is_found_or_why_nothing_is() -> None:
     assert "no rank hangs or is slow · policy restart" in health()
     assert "learning what is usual" in health(quiet_because="learning what is usual in this job")
     assert "not seen" in health(unseen_ranks=[1], quiet_because="collectives are not seen")
-    assert "restarts are stopped" in health(restarts_stopped="restarts are stopped: why")
+    text = "restarts are stopped: why. Once that is mended: ckptd rearm lm"
+    assert text in health(restarts_stopped="restarts are stopped: why")
     pause = {"rank": 3, "what": "evaluation", "for_s": 4000.0, "at_most_s": 3600.0, "over": True}
     text = "rank 3 is paused for 67 min by now, and said 60 min at most: evaluation"
     assert text in health(pauses=[pause])

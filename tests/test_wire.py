@@ -51,6 +51,7 @@ MESSAGES: list[tuple[object, Message]] = [
     (wire.ClientMessage, wire.DrainNode("a", True)),
     (wire.ClientMessage, wire.IsolateNode("a", True, "why")),
     (wire.ClientMessage, wire.SetQuota("job", None)),
+    (wire.ClientMessage, wire.Rearm("job")),
     (wire.LauncherMessage, wire.WaitForWork("job")),
     (wire.AgentToLauncher, wire.Here("a", "127.0.0.1")),
     (wire.PeerRequest, wire.GetEncoded(ID, 0, 2**40, 1)),

@@ -40,7 +40,7 @@ from ckptd.coordinator.state import (
 from ckptd.erasure import ZfecCodec, form_groups, parity_of_group
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
-from ckptd.journal import Body, Entry, Journal, Restarts, Rollback
+from ckptd.journal import Body, Entry, Journal, Rollback
 from ckptd.manifest import (
     Ancestor,
     Extent,
@@ -171,7 +171,7 @@ class Coordinator:
         self.supervisors = Supervisors(
             settings.diagnosis,
             lambda: self.journal.next_incident,
-            self._restarts_of,
+            self.journal.restarts,
             lambda job: sum(1 for _ in self._spares(job)),
             self._cells_of,
         )
@@ -820,11 +820,6 @@ class Coordinator:
     def ran(self, incident: int, program: str, failure: str, now: float) -> None:
         """One of `runs` has ended; `failure`: why it has not done its work, "" if it has."""
         self.supervisors.ran(incident, program, failure, now)
-
-    def _restarts_of(self, job: str) -> Restarts | None:
-        bodies = [entry.body for entry in self.journal.entries]
-        found = [body for body in bodies if isinstance(body, Restarts) and body.job == job]
-        return found[-1] if found else None
 
     # Tickets and commit.
 

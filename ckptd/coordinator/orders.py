@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from ckptd.coordinator import keeping
 from ckptd.coordinator.state import Job, Node
-from ckptd.journal import Body, Draining, Isolated, Journal, Quota, Rollback
-from ckptd.wire import DrainNode, IsolateNode, RollBack, SetQuota
+from ckptd.journal import Body, Draining, Isolated, Journal, Quota, Restarts, Rollback
+from ckptd.wire import DrainNode, IsolateNode, Rearm, RollBack, SetQuota
 
-Order = RollBack | DrainNode | IsolateNode | SetQuota
+Order = RollBack | DrainNode | IsolateNode | SetQuota | Rearm
 
 
 def entry_for(
@@ -19,6 +19,8 @@ def entry_for(
             return _rollback(order, nodes, jobs)
         case SetQuota():
             return Quota(order.job, order.size_bytes)
+        case Rearm():
+            return _rearmed(order.job, jobs, journal)
         case DrainNode():
             if order.drain and order.node not in nodes:
                 return _unknown(order.node, nodes)
@@ -47,6 +49,8 @@ def describe(body: Body) -> tuple[str, str]:
         case Quota():
             size = "the default" if body.size_bytes is None else f"{body.size_bytes} bytes"
             return "quota_set", f"the quota of {body.job} on each node is {size}"
+        case Restarts():
+            return "rearmed", f"{body.job} is restarted again when it hangs"
         case _:
             return "noted", body.about
 
@@ -56,8 +60,7 @@ def _rollback(
 ) -> Rollback | str:
     job = jobs.get(order.job)
     if job is None:
-        known = ", ".join(sorted(jobs)) or "none"
-        return f"no job {order.job!r} is known; known jobs: {known}"
+        return _unknown_job(order.job, jobs)
     if order.step is None:
         return Rollback(job.name, None)
     found = keeping.find(job, nodes, order.step, order.life)
@@ -65,6 +68,20 @@ def _rollback(
         return found
     granted = job.record.life if job.record is not None else 0
     return Rollback(job.name, found, after=max(job.life, granted))
+
+
+def _rearmed(job: str, jobs: Mapping[str, Job], journal: Journal) -> Restarts | str:
+    """What was counted is forgotten: the breaker begins anew."""
+    past = journal.restarts(job)
+    if past is None or not past.broken:
+        if job not in jobs:
+            return _unknown_job(job, jobs)
+        return f"restarts of {job!r} are not stopped: there is nothing to rearm"
+    return Restarts(job, (), ())
+
+
+def _unknown_job(job: str, jobs: Mapping[str, Job]) -> str:
+    return f"no job {job!r} is known; known jobs: {', '.join(sorted(jobs)) or 'none'}"
 
 
 def _unknown(node: str, nodes: Mapping[str, Node]) -> str:

@@ -66,8 +66,6 @@ def test_the_same_fault_at_the_same_step_three_times_stops() -> None:
     assert decision.tripped
     assert "at step 700" in decision.reason
     assert decide(policy, 90000.0, step=800).tripped, "until a person has seen to it"
-    policy.reset()
-    assert decide(policy, 90001.0, step=800).do is Do.RESTART
 
 
 def test_too_many_restarts_an_hour_stop() -> None:

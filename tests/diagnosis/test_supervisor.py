@@ -79,15 +79,15 @@ class Job:
         actuator = Actuator(self.actuator)
         settings = DiagnosisSettings(self.policy, Thresholds(window_min_s=0.5), actuator=actuator)
         self.all = Supervisors(
-            settings, lambda: 1, self._restarts, lambda job: self.spares, lambda node: f"{node}:1"
+            settings,
+            lambda: 1,
+            self.journal.restarts,
+            lambda job: self.spares,
+            lambda node: f"{node}:1",
         )
         self.all.wall_s = WALL_S
         self.elastic = True
         self._begin()
-
-    def _restarts(self, job: str) -> Restarts | None:
-        bodies = [e.body for e in self.journal.entries if isinstance(e.body, Restarts)]
-        return bodies[-1] if bodies else None
 
     def _begin(self) -> None:
         self.nodes = {f"n{rank}": Aggregator(JOB, self.life, f"n{rank}") for rank in (0, 1)}
@@ -299,6 +299,18 @@ def test_the_same_fault_at_the_same_step_stops_restarts_for_later_coordinators_t
     later.run(40, hung=True)
     assert later.ordered(KillWorkers) == []
     assert later.all.status(later.now)["jobs"][JOB]["restarts_stopped"] == kept.broken
+    later.journal.put(Restarts(JOB, (), ()))
+    later.tick()
+    assert later.ordered(KillWorkers), "what hangs when the breaker is armed again is restarted"
+    assert later.all.status(later.now)["jobs"][JOB]["restarts_stopped"] == ""
+
+
+def test_what_a_coordinator_before_has_counted_is_known_whenever_it_is_heard(job: Job) -> None:
+    assert job.all.status(job.now)["jobs"][JOB]["restarts_stopped"] == ""
+    job.journal.put(Restarts(JOB, (WALL_S,), ("x",), "too many"))
+    assert job.all.status(job.now)["jobs"][JOB]["restarts_stopped"] == "too many"
+    job.run(40, hung=True)
+    assert job.ordered(KillWorkers) == []
 
 
 def test_a_node_at_fault_twice_is_isolated_if_so_told() -> None:

@@ -194,6 +194,23 @@ def test_who_evaluates_or_has_paused_is_left_alone_and_who_waits_for_ever_is_not
     here.check_digests(2)
 
 
+def test_what_stops_again_and_again_at_one_step_is_not_restarted_for_ever(watched):
+    here = watched(1, "restart")
+    here.launch("--every", "150", "--stops-at", "280", ranks=2)
+    (event,) = here.wait("restarts to be stopped", lambda: here.events("restarts_stopped"), 200)
+    assert "the same fault at step 279 for the 3. time" in event["text"]
+    assert len(here.events("restart_ordered")) == 2
+    # So it stays, whoever coordinates, until a person says otherwise.
+    here.kill("coordinator")
+    here.start_coordinator()
+    way_out = "ckptd rearm story"
+    here.wait("the reason in status", lambda: way_out in here.cli("status"), 60)
+    assert here.cli("rearm", JOB) == "story: is restarted again when it hangs\n"
+    assert way_out not in here.cli("status")
+    again = CliRunner().invoke(main, ["rearm", JOB, "--coordinator", here.endpoint])
+    assert "restarts of 'story' are not stopped: there is nothing to rearm" in again.output
+
+
 def test_who_only_observes_names_a_straggler_and_a_hang_and_kills_nobody(watched):
     here = watched(1, "observe")
     here.launch("--faulty", "2", ranks=3, timing=True)

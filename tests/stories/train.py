@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -92,6 +93,8 @@ def main() -> None:
     parser.add_argument("--without", action="store_true", help="without ckptd")
     parser.add_argument("--until", help="all ranks end once this file is there")
     parser.add_argument("--faulty", type=int, default=-1, help="this rank does what FAULTS says")
+    parser.add_argument("--every", type=int, default=1, help="steps between snapshots")
+    parser.add_argument("--stops-at", type=int, default=0, help="this step stops rank 0, each time")
     parser.add_argument("--unfreeze", type=int, default=0, help="at this step, on rank 1 only")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -131,6 +134,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
             model=model,
             optimizer=optimizer,
             extra=extra,
+            every=args.every,
             slots=args.slots,
             keep=args.keep,
             resume_timeout_s=args.timeout,
@@ -148,6 +152,8 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> None:
             for fault in FAULTS:
                 if os.path.exists(f"{os.environ['FAULTS']}/{fault.__name__}"):
                     fault(ckpt)
+        if rank == 0 and step + 1 == args.stops_at:
+            os.kill(os.getpid(), signal.SIGSTOP)
         loss = model(data.next()).square().mean()
         over = torch.tensor(float(bool(args.until) and os.path.exists(args.until)))
         if world_size > 1:

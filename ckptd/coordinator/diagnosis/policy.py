@@ -99,11 +99,6 @@ class Policy:
             why = f"{twice}, and not taken out, for no spare waits to take its place: {why}"
         return Decision(Do.RESTART, why)
 
-    def reset(self) -> None:
-        """A person has seen to it."""
-        self.tripped = ""
-        self.past.clear()
-
     @staticmethod
     def _refusal(finding: Finding, judgement: Judgement | None) -> str:
         """Why a restart is out of the question; "" if it is not."""

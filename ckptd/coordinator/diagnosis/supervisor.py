@@ -179,7 +179,6 @@ class Supervisor:
         self._isolating: dict[int, _Case] = {}
         """By number of the incident: nodes are marked once programs have taken them out."""
         self._ended: Ended | None = None
-        self._policy: Policy | None = None
         self._wanted_at: dict[str, float] = {}
         self.pauses = Pauses()
         self._probing: dict[int, Probing] = {}
@@ -429,6 +428,8 @@ class Supervisor:
             self._begin_probes(finding, now)
 
     def _proceed(self, case: _Case, now: float) -> None:
+        if case.decided is not None and case.decided.tripped and not self.policy.tripped:
+            case.decided = None  # somebody has armed the breaker again
         if case.decided is not None:
             due = bool(case.kills) and now >= case.repeat_at
             if due and case.kills < _KILLS:
@@ -732,17 +733,16 @@ class Supervisor:
 
     @property
     def policy(self) -> Policy:
-        """What decides about restarts, with those of coordinators before this one."""
-        if self._policy is None:
-            past = self._parent.restarts_of(self.job)
-            self._policy = Policy(self._parent.settings.limits)
-            if past is not None:
-                self._policy.tripped = past.broken
-                nodes = past.nodes or ((),) * len(past.at)
-                steps = past.steps or (-1,) * len(past.at)
-                rows = zip(past.at, past.faults, steps, nodes, strict=False)
-                self._policy.past.extend(Restart(*row) for row in rows)
-        return self._policy
+        """What decides about restarts: by the journal, so by those of coordinators before, too."""
+        made = Policy(self._parent.settings.limits)
+        past = self._parent.restarts_of(self.job)
+        if past is not None:
+            made.tripped = past.broken
+            nodes = past.nodes or ((),) * len(past.at)
+            steps = past.steps or (-1,) * len(past.at)
+            rows = zip(past.at, past.faults, steps, nodes, strict=False)
+            made.past.extend(Restart(*row) for row in rows)
+        return made
 
     def _remember_restarts(self, policy: Policy) -> None:
         past = list(policy.past)
@@ -910,14 +910,14 @@ class Supervisors:
         if case is not None:
             judged = case.judgement.reason if case.judgement else ""
             witness = "; ".join(filter(None, (judged, case.counts)))
-        policy = each.policy
+        past = self.restarts_of(each.job)
         return {
             "life": each.life.number,
             "quiet_because": each.quiet_because(now),
             "unseen_ranks": list(each.unseen),
             "pauses": each.pauses.as_json(now),
             "hang_timeout_s": each.detector.hang_timeout_s,
-            "restarts_stopped": policy.tripped,
+            "restarts_stopped": past.broken if past is not None else "",
             "findings": [
                 {
                     "number": finding.number,
