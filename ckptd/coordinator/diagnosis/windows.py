@@ -91,15 +91,18 @@ class Meter:
         wait_s, transfer_s = _waits_and_transfers(table, complete)
         rows = complete.sum(axis=1)
         sampled = np.where(complete[group], wait_s, 0.0).sum(axis=1) / np.maximum(rows, 1)[group]
-        share = sampled * pace[group]
+        _, usual = _medians(self._sort, count.astype(np.float64))
+        usual = usual[self._sort]
+        # One more or less than others of its sort only tells where the window ended.
+        often = np.where(np.abs(count - usual) <= 1, usual, count)
+        share = sampled * (often / seconds)[group]
         is_known = (rows >= self._rows_min)[group] & ~np.isnan(share)
         share, is_known = self._prefer_sums(table, share, is_known, rows, pace, seconds)
         compared = np.unique(self.position[self.position >= 0])
         is_compared = np.isin(np.arange(len(count)), compared)
         # A group that is hardly used tells nothing and costs nothing, unless it is compared. So
         # that ranks can be, groups of a sort are all left out, or none is.
-        _, usual = _medians(self._sort, count.astype(np.float64))
-        is_few = np.where(is_compared, count, usual[self._sort]) < self._ops_min
+        is_few = np.where(is_compared, count, 2 * usual) < self._ops_min
         is_idle = (is_few & ~is_compared)[group]
         is_known &= ~is_few[group]
         is_double = _seen_twice(table)
@@ -134,7 +137,7 @@ class Meter:
         return np.where(preferred, summed, share), is_known | preferred
 
     def _compare(self, table: Table, share: Floats, is_known: Bools) -> Floats:
-        """How much less each rank waited than the median of those in its position."""
+        """How much less each rank waited than the median of the others in its position."""
         count = table.ranks
         rank = table.rank[: table.used]
         placed = rank >= 0
@@ -149,9 +152,14 @@ class Meter:
         place = self.position[order]
         first = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])
         sizes = np.diff(np.r_[first, len(place)])
-        low, high = waited[order][first + (sizes - 1) // 2], waited[order][first + sizes // 2]
-        excess[order] = np.repeat((low + high) / 2, sizes) - waited[order]
-        excess[order[np.repeat(sizes < 2, sizes)]] = np.nan
+        first, others = np.repeat(first, sizes), np.repeat(sizes, sizes) - 1
+        own = np.arange(len(place)) - first
+        middles = [
+            waited[order][first + middle + (middle >= own) * (others > 0)]
+            for middle in (np.maximum(others - 1, 0) // 2, others // 2)
+        ]
+        excess[order] = sum(middles) / 2 - waited[order]
+        excess[order[others == 0]] = np.nan
         return excess
 
     def _transfers(self, table: Table, complete: Bools, transfer_s: Floats) -> tuple[Ints, Floats]:
