@@ -1007,7 +1007,8 @@ class Coordinator:
         that it surely survives no more: what is known of the other is only that it was sealed.
         """
         ancestors = self._chain(job, snapshot.id)
-        margin = recovery.margin(snapshot.manifest, self.live_holdings(snapshot.id))
+        mine = self.live_holdings(snapshot.id)
+        margin, proven = recovery.margin(snapshot.manifest, mine), recovery.was_protected(mine)
         for id in sorted(job.snapshots, reverse=True):
             other, holdings = job.snapshots[id], self.live_holdings(id)
             comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
@@ -1016,8 +1017,9 @@ class Coordinator:
             its = recovery.margin(other.manifest, holdings)
             if its > margin:
                 return id
-            protected = other.state is State.PROTECTED and its == margin
-            if protected and recovery.judge(other.manifest, other.world_size, holdings).restorable:
+            protected = other.state is State.PROTECTED or recovery.was_protected(holdings)
+            as_safe = protected and not proven and its == margin
+            if as_safe and recovery.judge(other.manifest, other.world_size, holdings).restorable:
                 return id
         return None
 

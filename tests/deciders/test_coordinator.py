@@ -420,6 +420,22 @@ class TestProtectAndCommit:
         assert states(cluster)[1, first.step] is State.PROTECTED
         assert second in [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
 
+    def test_what_was_protected_is_not_freed_by_a_new_coordinator_either(self) -> None:
+        """Of all parity that is there it can tell, though a segment is lost."""
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        cluster.protect(first)
+        cluster.seal_all(second)
+        held = cluster.nodes["a"].holdings[first]
+        cluster.nodes["a"].holdings[first] = msgspec.structs.replace(held, extents=())
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.say("b", SnapshotFailed(second, "dropped", "a segment of it is damaged"))
+        cluster.pass_time(2 * cluster.settings.beat_s)
+        assert not any(first in m.retire for m in cluster.told("a", Commit))
+        assert second in [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
+
     def test_sealed_by_all_is_to_be_protected_by_all(self) -> None:
         cluster = trained("a", "b", "c", "d")
         id = cluster.tickets("a")[0]
