@@ -950,7 +950,8 @@ class Coordinator:
         """Is it worth its memory? If that is not certain yet, `tick` looks again.
 
         It may have been protected before, and its nodes may be needed to restore it. So it goes
-        only for a better one, or when it is certain that it cannot be restored.
+        only for a better one, or when it is certain that it cannot be restored. Nor do others go
+        for it as long as they need not: they may be safer than is known here.
         """
         if now < self._settled_at:
             return  # too few nodes have been heard
@@ -973,7 +974,8 @@ class Coordinator:
         elif verdict.restorable:
             # A node that has just died may be why it failed, and is still thought to hold its part.
             sure_at = snapshot.unprotected_at + self.settings.beat_s
-            if all(self.nodes[name].last_seen >= sure_at for name in holdings):
+            sure = all(self.nodes[name].last_seen >= sure_at for name in holdings)
+            if sure and self._waits_for_room(job, snapshot.id):
                 snapshot.reason = f"not protected: {reason}"
                 self._commit(job, snapshot, now)
         elif all(name in self.nodes and self.nodes[name].live for name in nodes) and not any(
@@ -981,6 +983,17 @@ class Coordinator:
         ):
             # Lost, not dropped: the job has had a snapshot, and must not start from nothing.
             self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
+
+    def _waits_for_room(self, job: Job, id: SnapshotId) -> bool:
+        """Whether the life that runs gets nothing newer unless what is older goes for `id`."""
+        return self._runs(job) and not any(
+            other.id > id
+            and other.id.life == job.life
+            and other.state in (State.TICKETED, State.CAPTURING, State.SEALED)
+            and not other.unprotected
+            and other.lost_at is None
+            for other in job.snapshots.values()
+        )
 
     def _may_stay(
         self,

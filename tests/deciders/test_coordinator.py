@@ -596,6 +596,40 @@ class TestProtectAndCommit:
         cluster.pass_time(2 * cluster.settings.beat_s)
         assert any(safe in m.retire for m in cluster.told("a", Commit))
 
+    @pytest.mark.parametrize("why", ["nobody runs", "a newer one comes"])
+    def test_what_is_not_protected_replaces_nothing_as_long_as_no_room_is_needed(
+        self, why: str
+    ) -> None:
+        """The older one may be safer than a coordinator knows: two of its nodes are not heard."""
+        cluster = trained("a", "b", "c")
+        safe = cluster.make_protected()
+        newest = cluster.tickets("a")[-1]
+        cluster.seal_all(newest)
+        for name in ("b", "c"):
+            held = cluster.nodes[name].holdings[safe]
+            cluster.nodes[name].holdings[safe] = msgspec.structs.replace(held, parity=False)
+        if why == "nobody runs":
+            cluster.stop_job()
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.say("a", SnapshotFailed(newest, "dropped", "no memory for parity"))
+        if why == "a newer one comes":
+            cluster.free(slots=1)
+        cluster.pass_time(2 * cluster.settings.lease_s)
+        assert not any(safe in m.retire for m in cluster.told("a", Commit))
+        if why == "nobody runs":
+            cluster.attach("r2", "a", "b", "c")
+            grant = cluster.ask()
+            assert grant is not None
+            cluster.begin(grant, free_slots=0)
+        else:
+            coming = cluster.tickets("a")[-1]
+            assert coming > newest
+            cluster.say("a", SnapshotFailed(coming, "torn", "for the story"))
+            cluster.free(slots=0)
+        cluster.pass_time(1.0)
+        assert any(safe in m.retire for m in cluster.told("a", Commit))
+
     def test_status_says_how_far_a_segment_has_come_and_when_it_will_be_there(self) -> None:
         cluster = trained("a", "b")
         id = cluster.tickets("a")[0]
