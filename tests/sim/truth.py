@@ -263,9 +263,11 @@ class Truth:
         there = {name for name, machine in self._world.machines.items() if machine.alive}
         if on_purpose or there - heard or not retired:
             return
-        # Some were protected after a newer one was, and so never committed; or copies protect them.
+        # Some were protected after a newer one was, or by a coordinator that ended then, and so
+        # never committed; or copies protect them.
         known = decider.jobs[job].snapshots.keys() if job in decider.jobs else set()
-        left = safe | {id for id in known if self._survives_a_loss(id)}
+        complete = self._complete.get(job, set())
+        left = safe | {id for id in known if id in complete or self._survives_a_loss(id)}
         left = {id for id in left if self.restorable(id) and not self.given_up(id)}
         if len(left | {newest}) < self._world.plan.keep:
             raise Violation(f"{job} keeps {self._world.plan.keep}, and {retire} are retired")
