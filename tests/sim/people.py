@@ -143,6 +143,21 @@ class People:
                 self.readmit(name)
         for name in sorted(self._asked):
             self._world.jobs[name].restart()
+        self._look_after_wishes()
+
+    def _look_after_wishes(self) -> None:
+        """What was not promised may be gone: then the way out that the job's status says is taken.
+
+        A coordinator may have died with the wish, and the one after it heard of it too late.
+        """
+        office = self._world.coordinator
+        for name, asked in sorted(self._asked.items()):
+            gone = asked.id is not None and not self._world.truth.restorable(asked.id)
+            in_vain = gone and name not in self._confirmed
+            if in_vain and office.at_work and not office.obey(RollBack(name, None)):
+                del self._asked[name]
+        if self._asked:
+            self._world.clock.later(_AGAIN_S, self._look_after_wishes)
 
     # What must hold.
 
