@@ -1548,9 +1548,11 @@ class Coordinator:
             )
         if tell:
             with_ranks = self._job_nodes(job)
-            for node in self.nodes:
-                if node in with_ranks or snapshot.id in self.nodes[node].holdings:
-                    self._send(node, Drop(snapshot.id, reason))
+            for name, node in self.nodes.items():
+                holds = name in with_ranks or snapshot.id in node.holdings
+                # Once there is a manifest, any may be about to make parity of it, or a copy.
+                if holds or snapshot.manifest is not None:
+                    self._send(name, Drop(snapshot.id, reason))
 
     # Resume.
 

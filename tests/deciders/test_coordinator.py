@@ -630,6 +630,15 @@ class TestProtectAndCommit:
         cluster.pass_time(1.0)
         assert any(safe in m.retire for m in cluster.told("a", Commit))
 
+    def test_what_ends_is_dropped_by_all_that_may_make_parity_of_it(self) -> None:
+        """A node that has neither ranks nor anything of it yet would go on with that for ever."""
+        cluster = trained("a", "b")
+        id = cluster.tickets("a")[0]
+        cluster.seal_all(id)
+        cluster.destroy("b")
+        cluster.add("b", token="new memory")
+        assert id in [drop.id for drop in cluster.told("b", Drop) if isinstance(drop, Drop)]
+
     def test_status_says_how_far_a_segment_has_come_and_when_it_will_be_there(self) -> None:
         cluster = trained("a", "b")
         id = cluster.tickets("a")[0]
