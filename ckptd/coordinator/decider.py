@@ -1291,8 +1291,10 @@ class Coordinator:
             if extent.rank in held
         }
         lacking = [m.node for m in group.members if not again.has_parity(m, holdings)]
-        if len(lacking) > group.parity_shards:
-            ranks = {}  # the first time: all encode together
+        at_home = all(again.is_at_home(m, m.node, holdings) for m in group.members)
+        never = snapshot.state is State.SEALED and at_home  # as far as is known here
+        if never or len(lacking) > group.parity_shards:
+            ranks = {}  # the first time: all encode together, and say so if they cannot
         nodes = {member.node for member in group.members}
         nodes.update(*ranks.values())
         there = {n: self.nodes[n].hello for n in nodes if n in self.nodes and self.nodes[n].live}
