@@ -674,7 +674,7 @@ class Coordinator:
                     job.resumed = True
                     job.pacer.start(state.step, now)
         if state.life == job.life and state.life:
-            if before is not None and before.state.step < state.step:
+            if before is not None and before.state != state:
                 job.moved_at = now
             job.pacer.observe(state.step, now)
             if before is not None and before.state.seen_step < state.seen_step:
@@ -1078,6 +1078,8 @@ class Coordinator:
             job.life = max(job.life, holding.id.life)
         if _is_newer(holding.manifest, snapshot.manifest):
             snapshot.manifest = holding.manifest
+        if snapshot.id.life == job.life and snapshot.state in (State.TICKETED, State.CAPTURING):
+            job.moved_at = now
         self._advance(job, snapshot, now)
 
     def _advance(self, job: Job, snapshot: Snapshot, now: float) -> None:

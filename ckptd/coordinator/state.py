@@ -186,7 +186,7 @@ class Job:
     changed: bool = False
     """What nodes hold of it has changed since that was last looked at as a whole."""
     moved_at: float = float("-inf")
-    """When a rank of `life` was last heard to have finished a step."""
+    """When a rank of `life` was last heard to do something: finish a step, or end a capture."""
     tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))
     """The newest tickets and when they were issued, those that were dropped since included."""
     full_since: tuple[float, int] | None = None

@@ -1227,6 +1227,26 @@ class TestARestartedCoordinator:
         cluster.pass_time(cluster.settings.lease_s)
         assert cluster.granted("a")[-1].round == "r0", "the other has come to a standstill"
 
+    def test_a_life_whose_captures_go_on_has_not_come_to_a_standstill(self) -> None:
+        """The gate may hold a step up for longer than two of them take."""
+        cluster = trained("a", "b")
+        id, lease_s = cluster.tickets("a")[0], cluster.settings.lease_s
+        cluster.restart_coordinator()
+        cluster.pass_time(lease_s)
+        for rank, name in enumerate("ab"):
+            cluster.update(rank, step=1)
+            cluster.say(name, RankReport(RankState(JOB, "r0", 0, rank, 2, 1, 0, 0, 0)))
+        cluster.say("a", AskResumeFor(JOB, "r0", ()))
+        for rank in (0, 1):
+            cluster.take(rank, id)
+            cluster.pass_time(0.8 * lease_s)
+        for rank in (0, 1):
+            cluster.seal(rank, id)
+            cluster.pass_time(0.8 * lease_s)
+        assert all(grant.round == "r1" for grant in cluster.granted("a"))
+        cluster.pass_time(lease_s)
+        assert cluster.granted("a")[-1].round == "r0"
+
     @pytest.mark.parametrize("order", list(permutations("abc")))
     def test_it_goes_on_in_whatever_order_it_hears(self, order: tuple[str, ...]) -> None:
         """Life 1 trains, one snapshot is protected and one sealed: nothing is forgotten."""
