@@ -951,7 +951,7 @@ class Coordinator:
 
         It may have been protected before, and its nodes may be needed to restore it. So it goes
         only for a better one, or when it is certain that it cannot be restored. Nor do others go
-        for it as long as they need not: they may be safer than is known here.
+        for it, or it for older ones, as long as no room is needed: what is lost may be back.
         """
         if now < self._settled_at:
             return  # too few nodes have been heard
@@ -968,8 +968,8 @@ class Coordinator:
         ):
             return  # it is kept beside the older one
         if better is not None:
-            # Only a life that runs needs the slots for its next snapshots.
-            if better > snapshot.id or (snapshot.id.life == job.life and self._runs(job)):
+            needless = snapshot.id.life == job.life and self._waits_for_room(job, snapshot.id)
+            if better > snapshot.id or needless:
                 self._end(job, snapshot, State.DROPPED, reason, now)
         elif verdict.restorable:
             # A node that has just died may be why it failed, and is still thought to hold its part.
@@ -985,8 +985,11 @@ class Coordinator:
             self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
 
     def _waits_for_room(self, job: Job, id: SnapshotId) -> bool:
-        """Whether the life that runs gets nothing newer unless what is older goes for `id`."""
-        return self._runs(job) and not any(
+        """Whether the life that runs gets nothing newer than `id` unless it has more free slots."""
+        here = [held.state for (round_, _), held in job.attachments.items() if round_ == job.round]
+        if not self._runs(job) or all(state.free_slots for state in here):
+            return False
+        return not any(
             other.id > id
             and other.id.life == job.life
             and other.state in (State.TICKETED, State.CAPTURING, State.SEALED)

@@ -630,6 +630,30 @@ class TestProtectAndCommit:
         cluster.pass_time(1.0)
         assert any(safe in m.retire for m in cluster.told("a", Commit))
 
+    def test_the_newest_is_not_dropped_for_a_safer_one_as_long_as_there_are_free_slots(
+        self,
+    ) -> None:
+        """Both nodes have lost their segments of it, and have each other's parity."""
+        cluster = trained("a", "b")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        cluster.protect(first)
+        cluster.protect(second)
+        for name in "ab":
+            held = cluster.nodes[name].holdings[second]
+            cluster.nodes[name].holdings[second] = msgspec.structs.replace(held, extents=())
+        cluster.free(slots=1)
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.hello("a")
+        cluster.pass_time(1.0)
+        assert {first, second} <= set(cluster.coordinator.jobs[JOB].snapshots)
+        cluster.stop_job()
+        cluster.attach("r2", "a", "b")
+        grant = cluster.ask()
+        assert grant is not None
+        assert grant.id == second
+
     def test_what_ends_is_dropped_by_all_that_may_make_parity_of_it(self) -> None:
         """A node that has neither ranks nor anything of it yet would go on with that for ever."""
         cluster = trained("a", "b")
