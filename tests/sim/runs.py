@@ -45,6 +45,8 @@ class Run:
             self.job.fail()
 
     def attached(self, trainer: Trainer) -> None:
+        if not self.over:
+            self.job.by_hand = False
         self._here.add(trainer.rank)
         if len(self._here) == self.job.ranks and not self._asked:
             self._asked = True
@@ -127,8 +129,11 @@ class TrainingJob:
         self.refusals: list[str] = []
         self._rounds = itertools.count(1)
         self._launching = False
-        self._by_hand = False
-        """Somebody starts it; for a job that was stopped on purpose, no spare is called."""
+        self.by_hand = False
+        """Somebody starts it; for a job that was stopped on purpose, no spare is called.
+
+        Nor for a node that is lost before a rank has attached: no coordinator knows of the start.
+        """
 
     def launch(self) -> None:
         """As soon as there are nodes enough."""
@@ -137,11 +142,10 @@ class TrainingJob:
         left_out = self.world.people.left_out
         able = [machine for machine in self.pool if machine.name not in left_out]
         if len(able) < self.nodes:
-            if self._by_hand:
+            if self.by_hand:
                 self._take_spares()
             self._launch_in((0.2, 0.5))
             return
-        self._by_hand = False
         chosen = able[: self.nodes]
         if not self.world.plan.stable_ranks:
             chosen = self.world.clock.random.sample(able, self.nodes)
@@ -162,7 +166,7 @@ class TrainingJob:
     def restart(self) -> None:
         """The ranks say goodbye, and another run is started."""
         if self.run is not None and not self.run.over:
-            self.run.over = self._by_hand = True
+            self.run.over = self.by_hand = True
             for trainer in self.run.trainers:
                 trainer.when_awake((0.0, 0.1), trainer.leave)
             self._launch_in((1.0, 2.0))
