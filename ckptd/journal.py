@@ -217,6 +217,10 @@ class Journal:
         body = entry.body if entry is not None else None
         return body if isinstance(body, Rollback) and body.id is not None else None
 
+    def term_of(self, body: Body) -> int:
+        """The term in which the newest about the same thing was said."""
+        return self._newest[body.about].term
+
     def is_draining(self, node: str) -> bool:
         """Whether a node is to leave."""
         entry = self._newest.get(f"draining {node}")

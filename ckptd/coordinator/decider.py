@@ -459,7 +459,7 @@ class Coordinator:
                 continue
             job = self._job(record.job)
             if record.is_later(job.record):
-                self._adopt_record(job, record)
+                self._adopt_record(job, record, now)
         for job in self.jobs.values():
             if job.record is not None:
                 self._send(hello.node, Record(job.record))
@@ -477,9 +477,15 @@ class Coordinator:
             self._tell_life(job, now)
             self._consider_resume(job, now)
 
-    def _adopt_record(self, job: Job, record: JobRecord) -> None:
+    def _adopt_record(self, job: Job, record: JobRecord, now: float) -> None:
         """Learn of a life that this coordinator did not grant."""
         job.record = record
+        wanted = self.journal.rollback(job.name)
+        asked_here = wanted is not None and self.journal.term_of(wanted) == self.term
+        if wanted is not None and asked_here and record.term < self.term:
+            # It may have been granted before that was asked for, and did not begin for its sake.
+            after = max(wanted.after, record.life)
+            self.say(Rollback(job.name, wanted.id, after), now)
         if record.life < job.life:
             return
         job.life, job.round, job.world_size = record.life, "", 0

@@ -406,6 +406,21 @@ class TestRollback:
         assert old in cluster.coordinator.jobs[JOB].snapshots
         assert not [m for m in cluster.told("a", Drop) if m.id == old]
 
+    def test_a_life_of_another_coordinator_before_does_not_end_the_wish(self) -> None:
+        """It is heard of only after somebody has asked, but may well have begun before."""
+        cluster, made = training(1, snapshots=1)
+        running = msgspec.structs.replace(cluster.nodes["c"].record, life=2, term=0)
+        cluster.nodes["c"].record = running
+        rank = msgspec.structs.replace(cluster.nodes["c"].ranks[2], life=2, round="r2", step=9)
+        cluster.nodes["c"].ranks[2] = rank
+        cluster.restart_coordinator("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        assert go_back(cluster, made[0]) == ""
+        cluster.hello("c")
+        cluster.pass_time(1.0)
+        assert cluster.coordinator.jobs[JOB].life == 2
+        assert shown(cluster)["rollback"] == str(made[0])
+
     def test_the_end_of_the_job_ends_the_wish(self) -> None:
         cluster, made = training(2, snapshots=2)
         go_back(cluster, made[0])
