@@ -201,6 +201,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
     partial = snapshot.state in (State.TICKETED, State.CAPTURING)
     again = _again(coordinator, snapshot)
     given_up = coordinator.jobs[snapshot.id.job].has_given_up(snapshot.id)
+    undecided = snapshot.state is State.SEALED and snapshot.unprotected and not snapshot.reason
     return {
         "id": str(snapshot.id),
         "life": snapshot.id.life,
@@ -222,6 +223,7 @@ def _snapshot(coordinator: Coordinator, snapshot: Snapshot, now: float) -> dict[
             x
             for x in (
                 snapshot.reason,
+                f"not protected: {snapshot.unprotected}" if undecided else "",
                 "" if partial else verdict.reason,
                 f"the parity of {', '.join(again['without'])} is gone" if again else "",
                 *(again["hindrances"] if again else ()),

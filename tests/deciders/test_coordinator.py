@@ -617,6 +617,9 @@ class TestProtectAndCommit:
             cluster.free(slots=1)
         cluster.pass_time(2 * cluster.settings.lease_s)
         assert not any(safe in m.retire for m in cluster.told("a", Commit))
+        (job,) = status(cluster.coordinator, cluster.now, 0.0)["jobs"]
+        shown = {found["id"]: found["reason"] for found in job["snapshots"]}
+        assert shown[str(newest)] == "not protected: a: no memory for parity"
         if why == "nobody runs":
             cluster.attach("r2", "a", "b", "c")
             grant = cluster.ask()
