@@ -45,8 +45,6 @@ class Run:
             self.job.fail()
 
     def attached(self, trainer: Trainer) -> None:
-        if not self.over:
-            self.job.by_hand = False
         self._here.add(trainer.rank)
         if len(self._here) == self.job.ranks and not self._asked:
             self._asked = True
@@ -129,11 +127,6 @@ class TrainingJob:
         self.refusals: list[str] = []
         self._rounds = itertools.count(1)
         self._launching = False
-        self.by_hand = False
-        """Somebody starts it; for a job that was stopped on purpose, no spare is called.
-
-        Nor for a node that is lost before a rank has attached: no coordinator knows of the start.
-        """
 
     def launch(self) -> None:
         """As soon as there are nodes enough."""
@@ -142,7 +135,7 @@ class TrainingJob:
         left_out = self.world.people.left_out
         able = [machine for machine in self.pool if machine.name not in left_out]
         if len(able) < self.nodes:
-            if self.by_hand:
+            if self._is_stopped():
                 self._take_spares()
             self._launch_in((0.2, 0.5))
             return
@@ -157,6 +150,16 @@ class TrainingJob:
             self._launching = True
             self.world.clock.later(range_s, self.launch)
 
+    def _is_stopped(self) -> bool:
+        """Whether no spare is called for it: it was stopped on purpose, for all that is known.
+
+        Who starts it sees that, and brings the nodes; the first of a new run may have been lost
+        before anybody heard of it.
+        """
+        decider = self.world.coordinator.decider
+        job = decider.jobs.get(self.name) if decider is not None else None
+        return job is not None and 0 < job.world_size == len(job.left)
+
     def _take_spares(self) -> None:
         machines = [m for m in self.world.machines.values() if m.alive]
         for process in [p for m in machines for p in m.processes]:
@@ -166,7 +169,7 @@ class TrainingJob:
     def restart(self) -> None:
         """The ranks say goodbye, and another run is started."""
         if self.run is not None and not self.run.over:
-            self.run.over = self.by_hand = True
+            self.run.over = True
             for trainer in self.run.trainers:
                 trainer.when_awake((0.0, 0.1), trainer.leave)
             self._launch_in((1.0, 2.0))
