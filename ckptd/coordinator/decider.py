@@ -100,6 +100,7 @@ from ckptd.wire import (
 
 _REPEAT_WAITING_S = 2.0
 _DIAGNOSE_EVERY_S = 0.2
+_LONG_STEP_S = 15.0  # of a life that another coordinator has granted, and whose pace is unknown
 _DISAGREE_S = 1.0  # ranks that change together report within moments of each other
 
 
@@ -1666,8 +1667,10 @@ class Coordinator:
         here = [held.since for (round_, _), held in job.attachments.items() if round_ == job.round]
         if pending.round == job.round or not here or len(here) < job.world_size:
             return None
-        still_s = now - max(job.moved_at, *here)
-        if still_s >= max(self.settings.lease_s, 2 * (job.pacer.step_s or 0.0)):
+        still_s, step_s = now - max(job.moved_at, *here), job.pacer.slowest_s
+        if step_s is None:
+            step_s = 0.0 if job.grants else _LONG_STEP_S
+        if still_s >= max(self.settings.lease_s, 2 * step_s):
             return None
         return choice.Wait(f"life {job.life}, whose ranks are all there, to end or to stand still")
 

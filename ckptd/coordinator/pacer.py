@@ -42,6 +42,14 @@ class Pacer:
         """When a step was finished that no rank had finished before."""
         return self._seen_at
 
+    @property
+    def slowest_s(self) -> float | None:
+        """The longest of the last steps.
+
+        None before the second was seen: of the first there may have been only the end to see.
+        """
+        return max(self._samples) if len(self._samples) > 1 else None
+
     def start(self, step: int, now: float) -> None:
         """A life begins at `step`, or goes on from there; 0 where that is not known yet."""
         self._step, self._seen_at, self._last_ticket = step, now, step

@@ -1041,6 +1041,27 @@ class TestResume:
         job = cluster.coordinator.jobs[JOB]
         assert (job.life, job.round, job.pending) == (grant.life, "r3", None)
 
+    def test_no_run_takes_the_life_of_one_whose_steps_are_long_from_a_new_coordinator(self) -> None:
+        """That cannot tell which is older: this one was stopped before it had a life."""
+        cluster = trained("a", "b")
+        cluster.protect(cluster.tickets("a")[0])
+        cluster.restart_coordinator()
+        stopped = {"round": "stopped", "life": 0, "step": 0, "seen_step": 0, "free_slots": 0}
+        for rank, name in enumerate("ab"):
+            state = msgspec.structs.replace(cluster.state(rank), **stopped)
+            cluster.say(name, RankReport(state))
+        cluster.say("a", AskResumeFor(JOB, "stopped", ()))
+        job, step_s = cluster.coordinator.jobs[JOB], 2 * cluster.settings.lease_s
+        for step in (10, 11, 12):
+            cluster.pass_time(step_s)
+            for rank in (0, 1):
+                cluster.update(rank, step=step, free_slots=2)
+        cluster.pass_time(1.5 * step_s)
+        assert (job.life, job.round) == (1, "r1")
+        assert "to end or to stand still" in last_wait(cluster, "a").reason
+        cluster.pass_time(step_s)
+        assert (job.life, job.round) == (2, "stopped")
+
     def test_messages_of_an_old_life_are_ignored(self) -> None:
         cluster = trained("a", "b")
         cluster.protect(cluster.tickets("a")[0])
@@ -1261,9 +1282,11 @@ class TestARestartedCoordinator:
         cluster.restart_coordinator()
         cluster.pass_time(lease_s)
         for rank, name in enumerate("ab"):
-            cluster.update(rank, step=1)
             cluster.say(name, RankReport(RankState(JOB, "r0", 0, rank, 2, 1, 0, 0, 0)))
         cluster.say("a", AskResumeFor(JOB, "r0", ()))
+        for step in (1, 2, 3):
+            cluster.update(0, step=step)
+            cluster.pass_time(0.5)
         for rank in (0, 1):
             cluster.take(rank, id)
             cluster.pass_time(0.8 * lease_s)
