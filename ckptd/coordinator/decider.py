@@ -1304,8 +1304,8 @@ class Coordinator:
         }
         lacking = [m.node for m in group.members if not again.has_parity(m, holdings)]
         at_home = all(again.is_at_home(m, m.node, holdings) for m in group.members)
-        never = snapshot.state is State.SEALED and at_home  # as far as is known here
-        if never or len(lacking) > group.parity_shards:
+        never = snapshot.state is State.SEALED and snapshot.lost_at is None  # as far as is known
+        if (never and at_home) or len(lacking) > group.parity_shards:
             ranks = {}  # the first time: all encode together, and say so if they cannot
         nodes = {member.node for member in group.members}
         nodes.update(*ranks.values())

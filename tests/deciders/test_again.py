@@ -180,6 +180,34 @@ class TestTheCoordinator:
         assert event["seconds"] == pytest.approx(3.5 + 0.5, abs=0.6)
         assert [e["lost"] for e in happened(cluster, "place_taken")] == ["c"]
 
+    def test_a_new_coordinator_has_a_newcomer_s_parity_made_with_the_others_help(self) -> None:
+        """It waits as long as data is damaged: a failure would end it, and the place was taken."""
+        cluster, id = protected("g")
+        cluster.destroy("c")
+        cluster.attach("r2", "a", "b", "g", "d")
+        assert cluster.ask() is not None
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.bring("g", id, 2)
+        cluster.pass_time(0.5)
+        assert states(cluster)[id.life, id.step] is State.SEALED, "all parity was never seen here"
+        (order,) = orders(cluster, "g")
+        assert order.ranks == {0: ("a",), 1: ("b",), 2: ("g",), 3: ("d",)}
+
+    def test_a_new_coordinator_hears_again_that_what_was_sealed_cannot_be_protected(self) -> None:
+        """The first report was lost, and whoever makes lost parity waits for damaged cells."""
+        cluster = trained(*"abcd")
+        cluster.make_protected()
+        id = cluster.tickets("a")[-1]
+        cluster.seal_all(id)
+        for name in "abc":
+            cluster.encode(name, id)
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        assert not orders(cluster, "d")[-1].ranks
+        cluster.say("d", SnapshotFailed(id, "dropped", "cell 0 of rank 1 from b is damaged"))
+        assert (id.life, id.step) not in states(cluster)
+
     @pytest.mark.parametrize("room", [SIZE_BYTES, SIZE_BYTES - 1])
     def test_what_renumbered_ranks_have_brought_to_survivors_is_copied_to_the_newcomer(
         self, room: int
