@@ -6,7 +6,7 @@ jobs are run for many simulated hours to count restarts that nobody needed.
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ PIPELINE = Shape(data=4, pipeline=4, tensor=8, microbatches=4)
 EXPERTS = Shape(data=16, pipeline=2, tensor=4, expert=4)
 LARGE = Shape(data=32, pipeline=8, tensor=8, microbatches=4, layers=1)
 SHAPES = {"replicas": REPLICAS, "tensor": TENSOR, "pipeline": PIPELINE, "experts": EXPERTS}
+LARGE_SHAPES = {"large": LARGE}
 FAULT_STEP = 130
 END_STEP = 230
 HEALTHY = NOTHING
@@ -164,11 +165,11 @@ def _probed(job: Job, finding: Finding, nodes: list[str]) -> Finding:
     return narrow(finding, matrix, nodes)
 
 
-def cases(seed: int, rounds: int) -> Iterator[Case]:
+def cases(seed: int, rounds: int, shapes: Mapping[str, Shape] = SHAPES) -> Iterator[Case]:
     """Every sort of fault for every layout and source that can show it, `rounds` times."""
     random = np.random.default_rng(seed)
     for number in range(rounds):
-        for name, shape in SHAPES.items():
+        for name, shape in shapes.items():
             for source in ("durations", "entries", "gpu"):
                 yield from _faults(name, shape, source, 1000 * number + seed, random)
 
@@ -328,11 +329,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--hours", type=float, default=100.0)
+    parser.add_argument("--large", action="store_true", help="jobs of 2,048 ranks instead")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     options = parser.parse_args()
     began = time.process_time()
     print(f"seed {options.seed}")
-    chosen = (c for c in cases(options.seed, options.rounds) if options.only in c.name)
+    shapes = LARGE_SHAPES if options.large else SHAPES
+    chosen = (c for c in cases(options.seed, options.rounds, shapes) if options.only in c.name)
     print(score(chosen), flush=True)
     done, restarts, suspicions, slow = healthy_hours(options.hours, options.seed)
     print(
