@@ -108,7 +108,9 @@ class Meter:
         is_double = _seen_twice(table)
         share, is_known = np.where(is_double, 0.0, share), is_known | is_double
         excess = self._compare(table, np.where(is_known, share, 0.0), is_known | is_idle)
-        error = table.error_s * float(pace[compared].max(initial=0.0))
+        is_timed = not (complete & np.isnan(transfer_s))[compared].any()  # no clocks are compared
+        exact_s = table.resolution_s if is_timed else table.error_s
+        error = exact_s * float(pace[compared].max(initial=0.0))
         keys, values = self._transfers(table, complete, transfer_s)
         return Window(seconds, excess, error, pace, keys, table.resolution_s, values)
 
