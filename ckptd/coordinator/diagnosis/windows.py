@@ -139,7 +139,8 @@ class Meter:
         return np.where(preferred, summed, share), is_known | preferred
 
     def _compare(self, table: Table, share: Floats, is_known: Bools) -> Floats:
-        """How much less each rank waited than the median of the others in its position."""
+        """How much less each rank waited than the median of those in its position; of two, than the
+        other: their median is half way to it."""
         count = table.ranks
         rank = table.rank[: table.used]
         placed = rank >= 0
@@ -154,14 +155,10 @@ class Meter:
         place = self.position[order]
         first = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])
         sizes = np.diff(np.r_[first, len(place)])
-        first, others = np.repeat(first, sizes), np.repeat(sizes, sizes) - 1
-        own = np.arange(len(place)) - first
-        middles = [
-            waited[order][first + middle + (middle >= own) * (others > 0)]
-            for middle in (np.maximum(others - 1, 0) // 2, others // 2)
-        ]
-        excess[order] = sum(middles) / 2 - waited[order]
-        excess[order[others == 0]] = np.nan
+        low, high = waited[order][first + (sizes - 1) // 2], waited[order][first + sizes // 2]
+        excess[order] = np.repeat((low + high) / 2, sizes) - waited[order]
+        excess[order[np.repeat(sizes == 2, sizes)]] *= 2
+        excess[order[np.repeat(sizes < 2, sizes)]] = np.nan
         return excess
 
     def _transfers(self, table: Table, complete: Bools, transfer_s: Floats) -> tuple[Ints, Floats]:
