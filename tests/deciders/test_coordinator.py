@@ -10,6 +10,7 @@ from ckptd.coordinator.decider import Settings
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status
+from ckptd.ids import SnapshotId
 from ckptd.manifest import CELLS_LIMIT, Ancestor, Extent, JobRecord
 from ckptd.wire import (
     Activate,
@@ -404,14 +405,20 @@ class TestShares:
         assert [(m.id, m.reason) for m in dropped] == [(ticket.id, "rank 0 has a new layout")]
 
 
+def one_protected_one_sealed() -> tuple[Cluster, SnapshotId, SnapshotId]:
+    """Two nodes; the older snapshot is protected, the newer one sealed by all ranks."""
+    cluster = trained("a", "b")
+    cluster.update(0, step=1)
+    first, second = cluster.tickets("a")
+    cluster.protect(first)
+    cluster.seal_all(second)
+    return cluster, first, second
+
+
 class TestProtectAndCommit:
     def test_what_was_protected_is_not_freed_for_what_never_was(self) -> None:
         """It has lost some of its parity: now neither surely survives the loss of a node."""
-        cluster = trained("a", "b")
-        cluster.update(0, step=1)
-        first, second = cluster.tickets("a")
-        cluster.protect(first)
-        cluster.seal_all(second)
+        cluster, first, second = one_protected_one_sealed()
         held = cluster.nodes["a"].holdings[first]
         cluster.say("a", Holds(msgspec.structs.replace(held, parity=False)))
         cluster.say("b", SnapshotFailed(second, "dropped", "a segment of it is damaged"))
@@ -422,11 +429,7 @@ class TestProtectAndCommit:
 
     def test_what_was_protected_is_not_freed_by_a_new_coordinator_either(self) -> None:
         """Of all parity that is there it can tell, though a segment is lost."""
-        cluster = trained("a", "b")
-        cluster.update(0, step=1)
-        first, second = cluster.tickets("a")
-        cluster.protect(first)
-        cluster.seal_all(second)
+        cluster, first, second = one_protected_one_sealed()
         held = cluster.nodes["a"].holdings[first]
         cluster.nodes["a"].holdings[first] = msgspec.structs.replace(held, extents=())
         cluster.restart_coordinator()
