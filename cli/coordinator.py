@@ -9,7 +9,7 @@ from ckptd.cli import options
 from ckptd.coordinator.decider import Settings
 from ckptd.coordinator.diagnosis import Thresholds
 from ckptd.coordinator.diagnosis.actuators import ACTUATORS, COMMAND, TORCHRUN, Actuator
-from ckptd.coordinator.diagnosis.supervisor import OBSERVE, POLICIES, DiagnosisSettings
+from ckptd.coordinator.diagnosis.shared import OBSERVE, POLICIES, DiagnosisSettings
 from ckptd.coordinator.shell import CoordinatorConfig, run_coordinator
 from ckptd.logs import set_up_logs
 

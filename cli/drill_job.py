@@ -15,7 +15,7 @@ from ckptd.cli.drill_ear import Ear
 from ckptd.cli.drill_faults import DIED, HANG, SILENT, SLOW
 from ckptd.cli.run import ask, connect
 from ckptd.coordinator.diagnosis.score import Expected, Said
-from ckptd.coordinator.diagnosis.supervisor import OBSERVE
+from ckptd.coordinator.diagnosis.shared import OBSERVE
 from ckptd.errors import ConfigError, CorruptData
 from ckptd.watching import INTRODUCTION_SUFFIX, read_introduction, started_ticks, trainers_dir
 from ckptd.wire import Here, WhereAmI

@@ -19,7 +19,7 @@ from ckptd.agent.shell import Agent
 from ckptd.cli import options
 from ckptd.cli.agent import default_memory_limit
 from ckptd.coordinator.decider import Settings
-from ckptd.coordinator.diagnosis.supervisor import RESTART, DiagnosisSettings
+from ckptd.coordinator.diagnosis.shared import RESTART, DiagnosisSettings
 from ckptd.coordinator.shell import CoordinatorConfig, CoordinatorProcess
 from ckptd.errors import ConfigError
 from ckptd.ids import check_node_id

@@ -14,15 +14,16 @@ from itertools import chain, islice
 from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
 from ckptd.coordinator.claim import Claim, Stop, judge
 from ckptd.coordinator.diagnosis.finding import Culprit, Scope
-from ckptd.coordinator.diagnosis.supervisor import (
+from ckptd.coordinator.diagnosis.shared import (
     DiagnosisSettings,
     Life,
     Note,
     Remember,
     Run,
-    Supervisors,
+    Shared,
     Tell,
 )
+from ckptd.coordinator.diagnosis.supervisors import Supervisors
 from ckptd.coordinator.inventory import Inventory
 from ckptd.coordinator.pacer import Pacer
 from ckptd.coordinator.replication import Messages, Replication
@@ -169,13 +170,14 @@ class Coordinator:
         self._process_began = self._awake_at = now
         self._ticked_at = now
         self._diagnose_at = now
-        self.supervisors = Supervisors(
+        shared = Shared(
             settings.diagnosis,
             lambda: self.journal.next_incident,
             self.journal.restarts,
             lambda job: sum(1 for _ in self._spares(job)),
             self._cells_of,
         )
+        self.supervisors = Supervisors(shared)
         self._quiet_until = float("inf")
         """Until then no live node can become suspect, or be lost."""
 
@@ -797,7 +799,7 @@ class Coordinator:
             return
         self._diagnose_at = now + _DIAGNOSE_EVERY_S
         self.supervisors.tick([self._life(job) for job in self.jobs.values()], now)
-        for action in self.supervisors.take_actions():
+        for action in self.supervisors.shared.take_actions():
             match action:
                 case Tell():
                     self._send(action.node, action.message)

@@ -22,7 +22,7 @@ from ckptd.control import server_socket, start_authenticator
 from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send, Settings
 from ckptd.coordinator.diagnosis.actuators import check
-from ckptd.coordinator.diagnosis.supervisor import Run
+from ckptd.coordinator.diagnosis.shared import Run
 from ckptd.coordinator.kubernetes_lease import KubernetesLease
 from ckptd.coordinator.lease import FileLease, Lease, NoLease
 from ckptd.coordinator.programs import run_program
@@ -127,7 +127,7 @@ class CoordinatorProcess:
             seen_term,
         )
         self._decider = Coordinator(self._config.settings, monotonic(), claim)
-        self._decider.supervisors.wall_s = time() - monotonic()
+        self._decider.supervisors.shared.wall_s = time() - monotonic()
         if self._config.announce is not None:
             _announce(self._config.announce, endpoint)
         log.info(

@@ -51,7 +51,7 @@ def _incidents(coordinator: Coordinator) -> list[dict[str, Any]]:
     """Oldest first; of those that a coordinator before this one saw, what the journal has."""
     bodies = [entry.body for entry in coordinator.journal.entries]
     known = {body.number: from_journal(body) for body in bodies if isinstance(body, Incident)}
-    known.update(coordinator.supervisors.records)
+    known.update(coordinator.supervisors.shared.records)
     return [record.as_json() for _, record in sorted(known.items())]
 
 

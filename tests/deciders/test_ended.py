@@ -16,7 +16,7 @@ def elastic(cluster: Cluster, seconds: float = 2.0) -> None:
 
 
 def incidents(cluster: Cluster) -> list[IncidentRecord]:
-    return list(cluster.coordinator.supervisors.records.values())
+    return list(cluster.coordinator.supervisors.shared.records.values())
 
 
 def test_a_dead_process_and_what_it_cost():

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from ckptd.coordinator.decider import Settings
-from ckptd.coordinator.diagnosis.supervisor import Note
+from ckptd.coordinator.diagnosis.shared import Note
 from ckptd.coordinator.rhythm import Rhythm
 from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status
@@ -132,7 +132,7 @@ class TestSuspects:
         cluster.seal_all(id)
         supervisors = cluster.coordinator.supervisors
         monkeypatch.setattr(supervisors, "suspects_of", lambda job: {"c"})
-        supervisors.do(Note("hang_suspected", JOB, "rank 2 may hang"))
+        supervisors.shared.do(Note("hang_suspected", JOB, "rank 2 may hang"))
         cluster.pass_time(cluster.settings.beat_s)
         assert cluster.told("a", Hasten) == cluster.told("d", Hasten) == [Hasten(id)]
 

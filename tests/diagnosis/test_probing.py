@@ -15,7 +15,8 @@ from ckptd.agent.store import Store
 from ckptd.cli.local_cluster import LocalCluster
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Kind, Scope
 from ckptd.coordinator.diagnosis.probing import PATIENCE_S, Probing
-from ckptd.coordinator.diagnosis.supervisor import Supervisor, Tell
+from ckptd.coordinator.diagnosis.shared import Tell
+from ckptd.coordinator.diagnosis.supervisor import Supervisor
 from ckptd.coordinator.shell import CoordinatorConfig, CoordinatorProcess
 from ckptd.errors import Gone
 from ckptd.keys import ClusterKey
@@ -49,10 +50,10 @@ async def measured(cluster: LocalCluster, announce: Path) -> Finding:
             await asyncio.sleep(0.05)
         probing = Probing(STUCK, NODES, decider._cells_of, inf)
         supervisors = decider.supervisors
-        supervisors.jobs["job"] = Supervisor("job", supervisors)
+        supervisors.jobs["job"] = Supervisor("job", supervisors.shared)
         supervisors.jobs["job"]._probing[STUCK.number] = probing
         for node, order in probing.orders("job", 0):
-            supervisors.do(Tell(node, order))
+            supervisors.shared.do(Tell(node, order))
         while probing.awaited:
             await asyncio.sleep(0.05)
         process.stop()

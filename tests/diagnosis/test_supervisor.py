@@ -9,7 +9,7 @@ from ckptd.collectives import Collective, GroupInfo
 from ckptd.coordinator.diagnosis import Thresholds
 from ckptd.coordinator.diagnosis.actuators import KUBERNETES, SLURM, Actuator
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Kind, Scope
-from ckptd.coordinator.diagnosis.supervisor import (
+from ckptd.coordinator.diagnosis.shared import (
     ISOLATE,
     OBSERVE,
     RESTART,
@@ -18,9 +18,10 @@ from ckptd.coordinator.diagnosis.supervisor import (
     Note,
     Remember,
     Run,
-    Supervisors,
+    Shared,
     Tell,
 )
+from ckptd.coordinator.diagnosis.supervisors import Supervisors
 from ckptd.coordinator.diagnosis.witness import WitnessLimits
 from ckptd.journal import Incident, Isolated, Journal, Restarts
 from ckptd.sketches import Aggregator
@@ -78,14 +79,15 @@ class Job:
     def __post_init__(self) -> None:
         actuator = Actuator(self.actuator)
         settings = DiagnosisSettings(self.policy, Thresholds(window_min_s=0.5), actuator=actuator)
-        self.all = Supervisors(
+        shared = Shared(
             settings,
             lambda: 1,
             self.journal.restarts,
             lambda job: self.spares,
             lambda node: f"{node}:1",
         )
-        self.all.wall_s = WALL_S
+        shared.wall_s = WALL_S
+        self.all = Supervisors(shared)
         self.elastic = True
         self._begin()
 
@@ -125,7 +127,7 @@ class Job:
         members = {0: "n0", 1: "n1"}
         life = Life(JOB, self.life, members, self.step, STEP_S, attached, self.elastic)
         self.all.tick([life] if self.life else [], self.now)
-        for action in self.all.take_actions():
+        for action in self.all.shared.take_actions():
             if isinstance(action, Note):
                 self.notes.append(action)
             elif isinstance(action, Remember):
@@ -211,7 +213,7 @@ def test_an_incident_has_the_four_parts_of_downtime(job: Job) -> None:
     assert kept.lost_work_s == pytest.approx(3.0)
     assert kept.at == pytest.approx(hung_at + WALL_S)
     assert sum(parts[1:]) == pytest.approx(job.now - hung_at)
-    (record,) = job.all.records.values()
+    (record,) = job.all.shared.records.values()
     assert record.culprit == "rank 1 on node n1"
     assert record.folders == {"n0": "/folder/n0", "n1": "/folder/n1"}
     assert "restarted" in job.kinds()
@@ -244,9 +246,9 @@ def test_the_first_looks_are_close_and_later_ones_far_enough_apart(job: Job) -> 
 def test_a_stuck_rank_is_shown_with_its_stack(job: Job) -> None:
     job.does = STUCK
     job.run(30, hung=True)
-    assert not job.all.records, "it may wait for storage"
+    assert not job.all.shared.records, "it may wait for storage"
     job.run(70, hung=True)
-    (record,) = job.all.records.values()
+    (record,) = job.all.shared.records.values()
     assert record.stacks == {"1": "train\nlocked"}
 
 
@@ -336,7 +338,7 @@ def test_no_node_is_taken_out_whose_place_nobody_can_take() -> None:
         job.run(60)
     assert job.kept(Isolated) == []
     assert job.kinds().count("restarted") == 2
-    assert "no spare waits" in job.all.records[max(job.all.records)].reason
+    assert "no spare waits" in job.all.shared.records[max(job.all.shared.records)].reason
 
 
 def test_what_has_no_launcher_is_left_to_the_scheduler() -> None:
@@ -375,7 +377,7 @@ def test_where_the_scheduler_fails_the_launchers_do_what_they_can() -> None:
     assert len(job.ordered(KillWorkers)) == before + 2
     assert job.kinds()[-1] == "actuator_failed"
     assert job.kept(Isolated) == [], "its ranks would wait for ever"
-    assert "Slurm is not there" in job.all.records[run.incident].timeline[-1][1]
+    assert "Slurm is not there" in job.all.shared.records[run.incident].timeline[-1][1]
 
 
 def test_a_node_is_marked_once_all_programs_have_taken_it_out() -> None:
@@ -420,7 +422,7 @@ def test_a_transfer_that_is_stuck_is_probed_when_it_is_suspected(job: Job) -> No
     assert kinds.index(Probe) < kinds.index(Collect) < kinds.index(KillWorkers)
     probes = {order.node: order.message.cells for order in job.ordered(Probe)}
     assert probes == {"n0": {"n1": "n1:1"}, "n1": {"n0": "n0:1"}}
-    (record,) = job.all.records.values()
+    (record,) = job.all.shared.records.values()
     assert "too few pairs" in str(record.evidence["matrix"])
     assert job.all.matrix.delays() == {("n0", "n1"): 10.24, ("n1", "n0"): 10.24}
 
@@ -520,10 +522,10 @@ def test_clocks_are_asked_and_the_fastest_answer_counts() -> None:
     for way_s in (0.4, 0.002, 0.3):
         answer = Clock(asked, asked + WALL_S + 7.0 + way_s / 2)
         job.all.heard("n0", answer, asked + way_s)
-    offset = job.all.clocks.offset("n0", asked)
+    offset = job.all.shared.clocks.offset("n0", asked)
     assert offset.ahead_s == pytest.approx(7.0)
     assert offset.error_s < 0.002
-    assert job.all.clocks.offset("stranger", 0.0).error_s > 10
+    assert job.all.shared.clocks.offset("stranger", 0.0).error_s > 10
 
 
 def counted(job: Job, *behind: int, silent: tuple[int, ...] = ()) -> None:
@@ -561,7 +563,7 @@ def test_counts_of_nccl_are_in_the_incident_also_where_they_disagree(
 ) -> None:
     job.run(40, hung=True)
     counted(job, *behind, silent=silent)
-    (record,) = job.all.records.values()
+    (record,) = job.all.shared.records.values()
     assert said in str(record.evidence["nccl"])
     assert any(said in text for _, text in record.timeline)
     assert job.ordered(KillWorkers)

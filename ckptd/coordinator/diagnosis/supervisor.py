@@ -8,34 +8,27 @@ Slowness is an incident, and never more.
 No IO, clock or randomness: what is to be done is returned by `take_actions`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from ckptd.coordinator.diagnosis.actuators import Actuator, Fault, Plan, Program, plan
-from ckptd.coordinator.diagnosis.clocks import Clocks
+from ckptd.coordinator.diagnosis.actuators import Fault, Plan, plan
 from ckptd.coordinator.diagnosis.detector import Detector
 from ckptd.coordinator.diagnosis.ended import Ended
 from ckptd.coordinator.diagnosis.finding import Culprit, Finding, Scope
 from ckptd.coordinator.diagnosis.incidents import IncidentRecord
-from ckptd.coordinator.diagnosis.matrix import DelayMatrix
 from ckptd.coordinator.diagnosis.pauses import Pauses
-from ckptd.coordinator.diagnosis.policy import Decision, Do, Policy, PolicyLimits, Restart
+from ckptd.coordinator.diagnosis.policy import Decision, Do, Policy, Restart
 from ckptd.coordinator.diagnosis.probing import Probing
-from ckptd.coordinator.diagnosis.thresholds import Thresholds
+from ckptd.coordinator.diagnosis.shared import Action, Life, Note, Remember, Run, Shared, Tell
 from ckptd.coordinator.diagnosis.witness import (
     Judgement,
     Verdict,
-    WitnessLimits,
     judge,
     weigh,
 )
 from ckptd.errors import ProtocolError
-from ckptd.journal import Body, Isolated, Restarts
+from ckptd.journal import Isolated, Restarts
 from ckptd.watching import Place
 from ckptd.wire import (
-    AskClock,
-    Clock,
     Collect,
     Collected,
     CoordinatorMessage,
@@ -47,13 +40,8 @@ from ckptd.wire import (
     Probed,
     Sketched,
     TellAll,
-    Transferred,
 )
 
-OBSERVE, RESTART, ISOLATE = "observe", "restart", "restart+isolate"
-POLICIES = (OBSERVE, RESTART, ISOLATE)
-_RECORDS_KEPT = 100
-_JOBS_LIMIT = 256
 _LOOK_PATIENCE_S = 8.0
 _COLLECT_PATIENCE_S = 8.0
 _REPEAT_KILL_S = 3.0
@@ -63,76 +51,6 @@ _SIGHT_S = 15.0
 _STACK_LINES_KEPT = 30
 _COUNTING_NODES = 2
 """Each answer is for the whole job: a second node is asked in case the first one's is none."""
-
-
-@dataclass(frozen=True, slots=True)
-class DiagnosisSettings:
-    """How far diagnosis goes, and how sure it must be."""
-
-    policy: str = OBSERVE
-    """One of POLICIES."""
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    witness: WitnessLimits = field(default_factory=WitnessLimits)
-    actuator: Actuator = field(default_factory=Actuator)
-    """What carries out a decision."""
-
-    @property
-    def limits(self) -> PolicyLimits:
-        return PolicyLimits(automatic=self.policy != OBSERVE, isolate=self.policy == ISOLATE)
-
-
-@dataclass(frozen=True, slots=True)
-class Life:
-    """What the coordinator knows of the life that a job is in."""
-
-    job: str
-    number: int
-    members: Mapping[int, str]
-    """Rank to node."""
-    step: int
-    step_s: float
-    """How long a step takes; 0: not known."""
-    trains: bool
-    """All ranks have loaded, and are there."""
-    elastic: bool
-    """Its launcher starts it anew when it ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send an order to the agent of a node."""
-
-    node: str
-    message: CoordinatorMessage
-
-
-@dataclass(frozen=True, slots=True)
-class Remember:
-    """Put something in the journal."""
-
-    body: Body
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Something that a person wants to know happened."""
-
-    kind: str
-    job: str
-    text: str
-    fields: dict[str, str | int | float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Run programs on the coordinator's machine, for an incident; answered by `Supervisors.ran`."""
-
-    incident: int
-    programs: tuple[Program, ...]
-    timeout_s: float
-
-
-Action = Tell | Remember | Note | Run
 
 
 @dataclass(slots=True)
@@ -168,10 +86,10 @@ class _Case:
 class Supervisor:
     """Watches one job, over its lives."""
 
-    def __init__(self, job: str, parent: "Supervisors") -> None:
-        self.job, self._parent = job, parent
+    def __init__(self, job: str, shared: Shared) -> None:
+        self.job, self._shared = job, shared
         self.life = Life(job, 0, {}, 0, 0.0, True, False)
-        self.detector = Detector(parent.settings.thresholds)
+        self.detector = Detector(shared.settings.thresholds)
         self.case: _Case | None = None
         self.slow: dict[int, IncidentRecord] = {}
         """By number of the finding: slowness that is not over."""
@@ -191,7 +109,7 @@ class Supervisor:
     def follow(self, life: Life, now: float) -> None:
         """How the job stands. A new life begins with nothing known."""
         if life.number != self.life.number:
-            self.detector = Detector(self._parent.settings.thresholds)
+            self.detector = Detector(self._shared.settings.thresholds)
             self._end_slow(now, "its life has ended")
             self.case = None
             self._wanted_at.clear()
@@ -206,11 +124,11 @@ class Supervisor:
         sketch = message.sketch
         if sketch.life != self.life.number or sketch.node != node:
             return
-        offset = self._parent.clocks.offset(node, now)
+        offset = self._shared.clocks.offset(node, now)
         try:
             known = self.detector.observe(sketch, now, offset)
         except ProtocolError as error:
-            self._parent.note_once("sketch_refused", self.job, f"{node}: {error}")
+            self._shared.note_once("sketch_refused", self.job, f"{node}: {error}")
             return
         self._heard_at = now
         self.pauses.hear(node, message.pauses, self.life.members, now)
@@ -267,14 +185,14 @@ class Supervisor:
 
     def ran(self, incident: int, program: str, failure: str, now: float) -> None:
         """A program has ended; `failure`: why it has not done its work, "" if it has."""
-        record = self._parent.records.get(incident)
+        record = self._shared.records.get(incident)
         if record is None:
             return
         if failure:
             self._isolating.pop(incident, None)
             self._not_actuated(record, f"{program}: {failure}", now)
             return
-        record.say(now + self._parent.wall_s, f"{program}: done")
+        record.say(now + self._shared.wall_s, f"{program}: done")
         self._note("actuated", f"incident {incident}: {program}: done", incident=incident)
         case = self._isolating.get(incident)
         if case is not None:
@@ -304,8 +222,8 @@ class Supervisor:
             self._runs_again(case.record, at, life, step, saved_at)
         elif ended is not None and life > ended.life:
             self._ended = None
-            record = ended.record(self._parent.next_incident(), self.job, self._parent.wall_s)
-            self._parent.keep(record)
+            record = ended.record(self._shared.next_incident(), self.job, self._shared.wall_s)
+            self._shared.keep(record)
             at = (ended.since, ended.decided_at, now)
             self._runs_again(record, at, life, step, saved_at)
 
@@ -319,7 +237,7 @@ class Supervisor:
     ) -> None:
         """`at`: of the last progress, of the decision, and now."""
         since, decided_at, now = at
-        wall = now + self._parent.wall_s
+        wall = now + self._shared.wall_s
         if saved_at is not None:
             # The last progress that was seen may be a moment before the last that was made.
             steps_s = (record.step - step) * record.step_s
@@ -412,8 +330,8 @@ class Supervisor:
         if finding.over:
             if case is not None:
                 if case.record is not None:
-                    case.record.over_at = now + self._parent.wall_s
-                    case.record.say(now + self._parent.wall_s, "it is over by itself")
+                    case.record.over_at = now + self._shared.wall_s
+                    case.record.say(now + self._shared.wall_s, "it is over by itself")
                     self._do(Remember(case.record.entry()))
                 self._note("finding_over", f"over: {finding.sentence}", finding=finding.number)
             self.case = None
@@ -450,7 +368,7 @@ class Supervisor:
         for rank in case.finding.suspects:
             ranks.setdefault(self._node_of(rank), []).append(rank)
         case.asked_at, case.looks, case.awaited = now, {}, {node for node in ranks if node}
-        limits = self._parent.settings.witness
+        limits = self._shared.settings.witness
         apart_s = limits.later_apart_s if case.tries else limits.first_apart_s
         case.tries += 1
         for place, node in enumerate(sorted(case.awaited)):
@@ -465,7 +383,7 @@ class Supervisor:
             self._tell(node, order)
 
     def _hear_witness(self, case: _Case, now: float) -> None:
-        limits = self._parent.settings.witness
+        limits = self._shared.settings.witness
         judgement = judge(case.finding, case.looks, now, limits)
         case.judgement = judgement
         if judgement.verdict is Verdict.HANGS:
@@ -500,7 +418,7 @@ class Supervisor:
             for rank, looks in sorted(case.looks.items())
             if rank in culprits and looks[1].stack
         }
-        record.say(now + self._parent.wall_s, f"second witness: {case.judgement.reason}")
+        record.say(now + self._shared.wall_s, f"second witness: {case.judgement.reason}")
         self._add_counts(case, now)
         reason = f"{finding.kind.value}: {finding.sentence}; {case.judgement.reason}"
         case.awaited = self._collect(record, reason)
@@ -508,23 +426,23 @@ class Supervisor:
         if case.judgement.culprits:  # it is certain who it is
             self._probing.pop(finding.number, None)
         elif "matrix" in finding.evidence:
-            record.say(now + self._parent.wall_s, f"probes: {finding.evidence['matrix']}")
+            record.say(now + self._shared.wall_s, f"probes: {finding.evidence['matrix']}")
 
     def _add_counts(self, case: _Case, now: float) -> None:
         if case.record is not None and case.counted is not None:
             case.counts = weigh(case.finding, case.counted)  # who is suspected may have changed
             case.record.evidence["nccl"] = case.counts
-            case.record.say(now + self._parent.wall_s, case.counts)
+            case.record.say(now + self._shared.wall_s, case.counts)
 
     def _decide(self, case: _Case, now: float) -> None:
         record = case.record
         assert record is not None
-        wall = now + self._parent.wall_s
+        wall = now + self._shared.wall_s
         record.say(wall, f"evidence collected on {len(record.folders)} nodes")
         probing = self._probing.get(case.finding.number)
         if probing is not None:
             self._end_probes(probing, now)
-        policy, actuator = self.policy, self._parent.settings.actuator
+        policy, actuator = self.policy, self._shared.settings.actuator
         if not self.life.number:
             decision = Decision(
                 Do.OBSERVE, "the job has no Checkpointer: a restart would begin from nothing"
@@ -536,7 +454,7 @@ class Supervisor:
                 "torchrun and --max-restarts, or give the coordinator an --actuator",
             )
         else:
-            spares = None if actuator.replaces_nodes else self._parent.spares_of(self.job)
+            spares = None if actuator.replaces_nodes else self._shared.spares_of(self.job)
             decision = policy.decide(case.finding, case.judgement, self.life.step, wall, spares)
         case.decided = decision
         record.decision, record.reason = decision.do.value, decision.reason
@@ -572,14 +490,14 @@ class Supervisor:
             life.members,
             case.places,
             life.elastic,
-            self._parent.spares_of(self.job),
+            self._shared.spares_of(self.job),
         )
 
     def _act(self, case: _Case, now: float) -> None:
         """Do what was planned."""
-        record, todo, wall = case.record, case.plan, now + self._parent.wall_s
+        record, todo, wall = case.record, case.plan, now + self._shared.wall_s
         assert record is not None
-        actuator = self._parent.settings.actuator
+        actuator = self._shared.settings.actuator
         how = "for their launchers to start them anew" if todo.kills else f"by {actuator.name}"
         self._note(
             "restart_ordered",
@@ -613,7 +531,7 @@ class Supervisor:
 
     def _not_actuated(self, record: IncidentRecord, why: str, now: float) -> None:
         """The scheduler has not done its part: launchers do what they can, on what there is."""
-        record.say(now + self._parent.wall_s, why)
+        record.say(now + self._shared.wall_s, why)
         text = f"incident {record.number}: {why}"
         self._note("actuator_failed", text, incident=record.number)
         case = self.case
@@ -637,7 +555,7 @@ class Supervisor:
 
     def _slow(self, finding: Finding, now: float) -> None:
         record = self.slow.get(finding.number)
-        wall = now + self._parent.wall_s
+        wall = now + self._shared.wall_s
         if finding.over:
             self._probing.pop(finding.number, None)
             if record is not None:
@@ -659,7 +577,7 @@ class Supervisor:
         self._begin_probes(finding, now)
 
     def _end_slow(self, now: float, why: str) -> None:
-        wall = now + self._parent.wall_s
+        wall = now + self._shared.wall_s
         for record in self.slow.values():
             record.over_at = wall
             record.say(wall, why)
@@ -671,7 +589,7 @@ class Supervisor:
         """Before a network is blamed, it is measured: at the first suspicion, while it lasts."""
         if finding.number in self._probing:
             return
-        probing = Probing(finding, self._nodes(), self._parent.cells_of, now)
+        probing = Probing(finding, self._nodes(), self._shared.cells_of, now)
         if probing.awaited:
             self._probing[finding.number] = probing
             for node, order in probing.orders(self.job, self.life.number):
@@ -692,7 +610,7 @@ class Supervisor:
             record.describe(narrowed)
             if case is not None and case.record is record and case.counts:
                 record.evidence["nccl"] = case.counts
-            record.say(now + self._parent.wall_s, f"probes: {narrowed.evidence['matrix']}")
+            record.say(now + self._shared.wall_s, f"probes: {narrowed.evidence['matrix']}")
             self._do(Remember(record.entry()))
         if narrowed.measured:
             self._note("probed", narrowed.sentence, finding=number)
@@ -700,9 +618,9 @@ class Supervisor:
     # Small helpers.
 
     def _record(self, finding: Finding, now: float) -> IncidentRecord:
-        wall = self._parent.wall_s
+        wall = self._shared.wall_s
         record = IncidentRecord(
-            number=self._parent.next_incident(),
+            number=self._shared.next_incident(),
             job=self.job,
             life=self.life.number,
             step=self.life.step,
@@ -712,7 +630,7 @@ class Supervisor:
         record.describe(finding)
         record.say(finding.since + wall, "last progress of the culprit")
         record.say(finding.found_at + wall, f"found: {finding.sentence}")
-        self._parent.keep(record)
+        self._shared.keep(record)
         return record
 
     def _collect(self, record: IncidentRecord, reason: str) -> set[str]:
@@ -734,8 +652,8 @@ class Supervisor:
     @property
     def policy(self) -> Policy:
         """What decides about restarts: by the journal, so by those of coordinators before, too."""
-        made = Policy(self._parent.settings.limits)
-        past = self._parent.restarts_of(self.job)
+        made = Policy(self._shared.settings.limits)
+        past = self._shared.restarts_of(self.job)
         if past is not None:
             made.tripped = past.broken
             nodes = past.nodes or ((),) * len(past.at)
@@ -763,174 +681,4 @@ class Supervisor:
         self._do(Note(kind, self.job, text, fields))
 
     def _do(self, action: Action) -> None:
-        self._parent.do(action)
-
-
-class Supervisors:
-    """Those of all jobs, and what they share."""
-
-    def __init__(
-        self,
-        settings: DiagnosisSettings,
-        next_number: Callable[[], int],
-        restarts_of: Callable[[str], Restarts | None],
-        spares_of: Callable[[str], int] = lambda job: 0,
-        cells_of: Callable[[str], str] = lambda node: "",
-    ) -> None:
-        """`next_number` of an incident, and `restarts_of` a job, are asked of the journal.
-
-        `spares_of` a job: how many nodes wait to join it. `cells_of` a node: the address of its
-        cell server, "" if it is not there.
-        """
-        self.settings, self.restarts_of = settings, restarts_of
-        self.spares_of, self.cells_of = spares_of, cells_of
-        self.wall_s = 0.0
-        """What is to be added to monotonic seconds for those since the epoch; set by the shell."""
-        self.clocks = Clocks()
-        self.matrix = DelayMatrix()
-        self.jobs: dict[str, Supervisor] = {}
-        self.records: dict[int, IncidentRecord] = {}
-        """Incidents that this coordinator has seen itself, with all that is known of them."""
-        self._next_number = next_number
-        self._out: list[Action] = []
-        self._said: set[tuple[str, str]] = set()
-
-    def heard(
-        self,
-        node: str,
-        message: Sketched | Looked | Counted | Collected | Clock | Transferred | Probed,
-        now: float,
-    ) -> None:
-        """Take in what an agent says."""
-        match message:
-            case Clock():
-                self.clocks.heard(node, message.asked, message.at - self.wall_s, now)
-            case Transferred() | Probed():
-                for each in message.transfers:
-                    if each.cells and each.seconds > 0:
-                        size, seconds = each.size_bytes // each.cells, each.seconds / each.cells
-                        self.matrix.observe(each.source, node, size, seconds)
-                if isinstance(message, Probed) and message.job in self.jobs:
-                    self.jobs[message.job].probed(node, message)
-            case Sketched():
-                job = message.sketch.job
-                if job not in self.jobs and len(self.jobs) < _JOBS_LIMIT:
-                    self.jobs[job] = Supervisor(job, self)  # until the coordinator says more
-                if job in self.jobs:
-                    self.jobs[job].sketched(node, message, now)
-            case Looked() if message.job in self.jobs:
-                self.jobs[message.job].looked(node, message, now)
-            case Counted() if message.job in self.jobs:
-                self.jobs[message.job].counted(message, now)
-            case Collected() if message.job in self.jobs:
-                self.jobs[message.job].collected(node, message)
-
-    def tick(self, lives: Iterable[Life], now: float) -> None:
-        """Let time pass; `lives`: how all jobs stand that the coordinator knows."""
-        known = {life.job for life in lives if life.number}
-        for life in lives:
-            if life.number:
-                if life.job not in self.jobs:
-                    self.jobs[life.job] = Supervisor(life.job, self)
-                self.jobs[life.job].follow(life, now)
-        for job, each in list(self.jobs.items()):
-            if each.life.number and job not in known:
-                del self.jobs[job]  # it was forgotten
-                continue
-            each.tick(now)
-        for node in {node for each in self.jobs.values() for node in each.detector.table.nodes}:
-            if self.clocks.is_due(node, now):
-                self.do(Tell(node, AskClock(now)))
-
-    def ended(
-        self, job: str, life: int, culprit: Culprit, reason: str, since: float, now: float
-    ) -> None:
-        """A trainer or a node is gone; see `Supervisor.ended`."""
-        if job in self.jobs:
-            self.jobs[job].ended(life, culprit, reason, since, now)
-
-    def resumed(self, job: str, life: int, step: int, saved_at: float | None, now: float) -> None:
-        """A life of a job trains; `saved_at` as for `Supervisor.resumed`."""
-        if job in self.jobs:
-            self.jobs[job].resumed(life, step, saved_at, now)
-
-    def ran(self, incident: int, program: str, failure: str, now: float) -> None:
-        """A program of a `Run` has ended; "" for `failure` if it has done its work."""
-        record = self.records.get(incident)
-        if record is not None and record.job in self.jobs:
-            self.jobs[record.job].ran(incident, program, failure, now)
-
-    def suspects_of(self, job: str) -> set[str]:
-        """Nodes of ranks of the job that are suspected to hang."""
-        return self.jobs[job].suspects if job in self.jobs else set()
-
-    def take_actions(self) -> list[Action]:
-        """What is to be done, in this order."""
-        out, self._out = self._out, []
-        return out
-
-    def next_incident(self) -> int:
-        """A number that no incident has had."""
-        return max(self._next_number(), 1 + max(self.records, default=0))
-
-    def keep(self, record: IncidentRecord) -> None:
-        self.records[record.number] = record
-        while len(self.records) > _RECORDS_KEPT:
-            del self.records[min(self.records)]
-
-    def do(self, action: Action) -> None:
-        self._out.append(action)
-
-    def note_once(self, kind: str, job: str, text: str) -> None:
-        """An event, if it was not said before: peers that talk nonsense do so often."""
-        if (kind, text) not in self._said and len(self._said) < 100:
-            self._said.add((kind, text))
-            self.do(Note(kind, job, text))
-
-    def status(self, now: float) -> dict[str, Any]:
-        """JSON-ready: what is found, and why not."""
-        return {
-            "policy": self.settings.policy,
-            "jobs": {name: self._job_status(each, now) for name, each in sorted(self.jobs.items())},
-            "matrix": {
-                "pairs": [
-                    {"source": source, "destination": destination, "s_per_gib": delay}
-                    for (source, destination), delay in sorted(self.matrix.delays().items())
-                ],
-                "hot": [
-                    {"nodes": list(hot.culprit.nodes), "ratio": hot.ratio, "text": hot.sentence}
-                    for hot in self.matrix.hot()
-                ],
-            },
-        }
-
-    def _job_status(self, each: Supervisor, now: float) -> dict[str, Any]:
-        case = each.case
-        witness = ""
-        if case is not None:
-            judged = case.judgement.reason if case.judgement else ""
-            witness = "; ".join(filter(None, (judged, case.counts)))
-        past = self.restarts_of(each.job)
-        return {
-            "life": each.life.number,
-            "quiet_because": each.quiet_because(now),
-            "unseen_ranks": list(each.unseen),
-            "pauses": each.pauses.as_json(now),
-            "hang_timeout_s": each.detector.hang_timeout_s,
-            "restarts_stopped": past.broken if past is not None else "",
-            "findings": [
-                {
-                    "number": finding.number,
-                    "kind": finding.kind.value,
-                    "is_hang": finding.kind.is_hang,
-                    "culprit": str(finding.culprit),
-                    "ranks": list(finding.culprit.ranks),
-                    "nodes": list(finding.culprit.nodes),
-                    "text": finding.sentence,
-                    "confidence": finding.confidence,
-                    "for_s": now - finding.since,
-                    "witness": witness if finding.kind.is_hang else "",
-                }
-                for finding in each.findings
-            ],
-        }
+        self._shared.do(action)
