@@ -18,7 +18,7 @@ from .kernel import Violation
 if TYPE_CHECKING:
     from .agents import Machine
     from .control import CoordinatorProcess
-    from .runs import Run
+    from .runs import Run, TrainingJob
     from .trainers import Trainer
     from .world import World
 
@@ -373,9 +373,21 @@ class Truth:
             if job.name not in self.promises:
                 if job.name in machine.disk.records or machine in job.pool:
                     return False  # nothing was promised yet
-            elif any(not self.restorable(id, machine) for id in self.at_stake(job.name, machine)):
+                continue
+            at_stake = self.at_stake(job.name, machine)
+            lost = any(not self.restorable(id, machine) for id in at_stake)
+            if lost or not self._stays_known(job, machine):
                 return False
         return True
+
+    def _stays_known(self, job: "TrainingJob", machine: "Machine") -> bool:
+        """Whether a new coordinator hears of a job without this node, if one more is not heard.
+
+        Else all its ranks may come to nodes that were rebooted, and nobody can know better.
+        """
+        others = [m for m in self._world.machines.values() if m.alive and m is not machine]
+        knowing = sum(job.name in other.disk.records for other in others)
+        return knowing > 1 or 1 + len(others) - knowing < job.nodes
 
     def at_stake(self, job: str, machine: "Machine | None" = None) -> list[SnapshotId]:
         """What a fault by itself, of `machine` if it is given, must leave restorable.
