@@ -135,6 +135,8 @@ class EncodeFailed:
 
     id: SnapshotId
     reason: str
+    damaged: bool = False
+    """Bytes that were read for it are not those that were captured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1189,7 +1189,7 @@ class Lifecycle:
         self._release(slot)
         if event.reason:
             self._problem(f"{event.id} cannot be protected: {event.reason}")
-            self._fail(event.id, "dropped", event.reason)
+            self._fail(event.id, "dropped", event.reason, event.damaged)
 
     def _fetch_moved(self, event: ev.FetchMoved) -> None:
         slot = self.slots.get(event.name)
@@ -1376,8 +1376,8 @@ class Lifecycle:
             self.problems.remove(text)
         self.problems = [*self.problems, text][-_PROBLEMS_KEPT:]
 
-    def _fail(self, id: SnapshotId, outcome: Outcome, reason: str) -> None:
-        self._report(SnapshotFailed(id, outcome, reason))
+    def _fail(self, id: SnapshotId, outcome: Outcome, reason: str, damaged: bool = False) -> None:
+        self._report(SnapshotFailed(id, outcome, reason, damaged))
 
     def _report(self, message: AgentMessage) -> None:
         self._out.append(ev.Report(message))

@@ -159,6 +159,11 @@ class EncodeRun:
         with self._change:
             self._change.notify_all()
 
+    @property
+    def damaged(self) -> bool:
+        """Whether it has failed since bytes of others are not those that were captured."""
+        return isinstance(self._failure, CorruptData)
+
     def update(
         self, manifest: JobManifest, cells: dict[str, str], ranks: dict[int, tuple[str, ...]]
     ) -> None:

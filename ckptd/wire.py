@@ -378,6 +378,8 @@ class SnapshotFailed(Message, frozen=True):
     id: SnapshotId
     outcome: Outcome
     reason: str
+    damaged: bool = False
+    """Bytes that it was to be protected from are not those that were captured."""
 
 
 class RebuildFailed(Message, frozen=True):

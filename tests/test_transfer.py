@@ -678,11 +678,15 @@ class TestProtecting:
         flip(node.segment(cluster.ranks[node.name][0]), CELL_BYTES)
         for each in cluster.nodes:
             cluster.encode(each)
-        reasons = []
+        reasons = {}
         while not reasons:
-            _, reason = cluster.outcomes.get(timeout=DEADLINE_S)
-            reasons += [reason] if reason else []
-        assert "is damaged" in reasons[0]
+            name, reason = cluster.outcomes.get(timeout=DEADLINE_S)
+            reasons |= {name: reason} if reason else {}
+        ((name, reason),) = reasons.items()
+        assert "is damaged" in reason
+        (run,) = (each.run for each in cluster.nodes if each.name == name)
+        assert run is not None
+        assert run.damaged
 
     def test_a_row_is_handed_out_again_when_it_was_lost_on_the_way(self, build: Build) -> None:
         cluster = build([1, 1, 1, 1], 2)

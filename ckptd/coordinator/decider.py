@@ -946,6 +946,7 @@ class Coordinator:
             job.pacer.missed()
         state = State(message.outcome)
         if snapshot.state is State.SEALED:
+            snapshot.damaged |= message.damaged
             self._give_up(job, snapshot, f"{node}: {message.reason}", now)
         else:
             self._end(job, snapshot, state, f"{node}: {message.reason}", now)
@@ -1030,10 +1031,12 @@ class Coordinator:
 
         One that was protected is better than one that never was, even if it has since lost so much
         that it surely survives no more: what is known of the other is only that it was sealed.
+        And one that is damaged survives less than is counted, which is what was reported before.
         """
         ancestors = self._chain(job, snapshot.id)
         mine = self.live_holdings(snapshot.id)
-        margin, proven = recovery.margin(snapshot.manifest, mine), recovery.was_protected(mine)
+        margin = 0 if snapshot.damaged else recovery.margin(snapshot.manifest, mine)
+        proven = recovery.was_protected(mine)
         for id in sorted(job.snapshots, reverse=True):
             other, holdings = job.snapshots[id], self.live_holdings(id)
             comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
@@ -1043,7 +1046,7 @@ class Coordinator:
             if its > margin:
                 return id
             protected = other.state is State.PROTECTED or recovery.was_protected(holdings)
-            as_safe = protected and not proven and its == margin
+            as_safe = its == margin and (snapshot.damaged or (protected and not proven))
             if as_safe and recovery.judge(other.manifest, other.world_size, holdings).restorable:
                 return id
         return None

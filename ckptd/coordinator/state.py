@@ -99,6 +99,8 @@ class Snapshot:
     """Why it could not be protected, if it could not."""
     unprotected_at: float = float("-inf")
     """When that was heard last."""
+    damaged: bool = False
+    """It could not, as a node's bytes of it are not those that were captured."""
     lost_at: float | None = None
     """Since when some of its parity is lost, as far as is known here."""
     hindrances: tuple[str, ...] = ()

@@ -439,6 +439,27 @@ class TestProtectAndCommit:
         assert not any(first in m.retire for m in cluster.told("a", Commit))
         assert second in [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
 
+    @pytest.mark.parametrize("damaged", [True, False])
+    def test_what_is_damaged_is_not_counted_as_it_was_reported(self, damaged: bool) -> None:
+        """All but one have its parity; what was protected has lost more of it than that."""
+        cluster = trained("a", "b", "c", "d")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        cluster.protect(first)
+        cluster.seal_all(second)
+        for name in "abc":
+            cluster.encode(name, second)
+        for name in "cd":
+            held = cluster.nodes[name].holdings[first]
+            cluster.say(name, Holds(msgspec.structs.replace(held, parity=False)))
+        reason = "cell 0 of rank 1 from b is damaged" if damaged else "no memory for parity"
+        cluster.say("d", SnapshotFailed(second, "dropped", reason, damaged))
+        cluster.pass_time(2 * cluster.settings.beat_s)
+        retired = [id for m in cluster.told("a", Commit) for id in m.retire]
+        dropped = [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
+        assert (first in retired) is not damaged
+        assert (second in dropped) is damaged
+
     def test_sealed_by_all_is_to_be_protected_by_all(self) -> None:
         cluster = trained("a", "b", "c", "d")
         id = cluster.tickets("a")[0]

@@ -624,8 +624,9 @@ class TestEncoding:
         node.seal(id)
         (first,) = only(ev.Encode, node.order(Protect(manifest_of(id), {"b": "b:1"})))
         node.holding_back = True
-        done = node.do(ev.EncodeFailed(id, "the codec has failed"))
-        assert reports(done, SnapshotFailed)
+        done = node.do(ev.EncodeFailed(id, "a cell is damaged", damaged=True))
+        (failed,) = reports(done, SnapshotFailed)
+        assert failed.damaged
         assert ev.StopEncode(id) in done
         (second,) = only(ev.Encode, node.order(Protect(manifest_of(id), {"b": "b:1"})))
         assert second.name != first.name

@@ -93,9 +93,9 @@ class EncodeRun:
             self._tell(ev.EncodeFailed(self._manifest.id, ""))
         self._stopped = True
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, damaged: bool = False) -> None:
         self._ended = True
-        self._tell(ev.EncodeFailed(self._manifest.id, reason))
+        self._tell(ev.EncodeFailed(self._manifest.id, reason, damaged))
 
     def _tell(self, event: ev.Event) -> None:
         self._agent.in_background(_DONE_S, self._agent.feed, event)
@@ -139,8 +139,11 @@ class EncodeRun:
                 if self._again and self._places.copy(extent.rank, digests) is None:
                     self._agent.in_background(_AGAIN_S, self._encode)
                     return
-                if not self._again and peer is not None and peer.read(id, extent.rank) != digests:
-                    self._fail(f"rank {extent.rank} of {id} from {member.node} is gone or damaged")
+                data = None if self._again or peer is None else peer.read(id, extent.rank)
+                if not self._again and peer is not None and data != digests:
+                    what = "gone" if data is None else "damaged"
+                    reason = f"rank {extent.rank} of {id} from {member.node} is {what}"
+                    self._fail(reason, damaged=data is not None)
                     return
                 assert digests is not None
                 inputs.append((extent.rank, digests))
