@@ -338,6 +338,23 @@ class TestRollback:
         cluster.stop_job()
         assert cluster.start(*NODES, round_="r2").id == old
 
+    @pytest.mark.parametrize("parity", [False, True])
+    def test_the_chosen_one_does_not_make_a_new_coordinator_drop_the_newest(
+        self, parity: bool
+    ) -> None:
+        """It was protected; a segment of it is lost, and maybe the parity of another node."""
+        cluster, (old,) = training(1, snapshots=1)
+        go_back(cluster, old)
+        newest = cluster.make_protected()
+        for rank in range(4):
+            cluster.update(rank, free_slots=0)
+        for name, left in (("b", {"parity": parity}), ("c", {"extents": ()})):
+            held = cluster.nodes[name].holdings[newest]
+            cluster.nodes[name].holdings[newest] = msgspec.structs.replace(held, **left)
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s + 1)
+        assert {old, newest} <= set(cluster.coordinator.jobs[JOB].snapshots)
+
     def test_an_unknown_step_is_refused_with_the_choices(self) -> None:
         cluster, made = training(2, snapshots=3)
         refusal = cluster.obey(RollBack(JOB, 9999))
