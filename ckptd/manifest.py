@@ -5,6 +5,7 @@ computes the same stripe map from it. A node manifest gives the digests of one n
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Annotated
 
 import msgspec
@@ -170,6 +171,19 @@ class GivenUp(msgspec.Struct, frozen=True, array_like=True):
     step: Count
     before: Count
 
+    def covers(self, id: SnapshotId) -> bool:
+        """Whether it gave up `id`."""
+        return id.life < self.before and (id.life, id.step) > (self.life, self.step)
+
+    def without(self, path: tuple[Ancestor, ...]) -> "Iterator[GivenUp]":
+        """What of it stays given up, of what is older than the end of `path`, and not on it."""
+        ends = [(past.life, past.step) for past in path]
+        here = self.life, self.step
+        for (life, step), (next_life, _) in pairwise([here, *(e for e in ends if e > here)]):
+            before = min(self.before, next_life)
+            if life < before:
+                yield GivenUp(life, step, before)
+
 
 class JobRecord(msgspec.Struct, frozen=True):
     """What must be known of a job to decide whether it may start from nothing, and from where.
@@ -197,14 +211,7 @@ class JobRecord(msgspec.Struct, frozen=True):
 
     def has_given_up(self, id: SnapshotId) -> bool:
         """Whether a rollback went back past `id`, so that the job must not go on from it."""
-        if id.life >= self.life or any(
-            id.life == past.life and id.step <= past.step for past in self.ancestors
-        ):
-            return False
-        return any(
-            id.life < each.before and (id.life, id.step) > (each.life, each.step)
-            for each in self.given_up
-        )
+        return any(each.covers(id) for each in self.given_up)
 
 
 def is_ancestor(id: SnapshotId, of: SnapshotId, ancestors: tuple[Ancestor, ...]) -> bool:

@@ -1727,7 +1727,7 @@ class Coordinator:
         )
         given_up = job.record.given_up if job.record is not None else ()
         if start is not None and start == self.rollback_of(job):
-            older = (each for each in given_up if (each.life, each.step) < (start.life, start.step))
+            older = dict.fromkeys(left for each in given_up for left in each.without(chain))
             given_up = (*older, GivenUp(start.life, start.step, life))
         others = self.live_holdings(start).keys() - nodes.keys() if start is not None else ()
         holders = tuple(sorted(others))

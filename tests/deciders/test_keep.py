@@ -1,6 +1,7 @@
 """More than the newest snapshot is kept, and a job goes back to an older one when asked to."""
 
 from dataclasses import replace
+from itertools import chain, combinations, product, starmap
 
 import msgspec
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status
 from ckptd.ids import SnapshotId
-from ckptd.manifest import Extent
+from ckptd.manifest import Ancestor, Extent, GivenUp
 from ckptd.wire import (
     Commit,
     Drop,
@@ -392,6 +393,37 @@ class TestRollback:
         assert cluster.start(*NODES, round_="r3", keep=3).id == made[2]
         new = cluster.make_protected()
         assert protected(cluster) == [made[1], made[2], new]
+
+    def test_what_was_taken_back_stays_so_though_a_life_could_not_load_it(self) -> None:
+        """Its nodes were away for a moment, and the job began from an older one."""
+        cluster, made = training(3, snapshots=3)
+        for number, id in enumerate((made[0], made[2]), 2):
+            go_back(cluster, id)
+            cluster.stop_job()
+            assert cluster.start(*NODES, round_=f"r{number}", keep=3).id == id
+            cluster.pass_time(1)
+        cluster.stop_job()
+        cluster.attach("r4", *NODES, keep=3)
+        cluster.ask()
+        again = cluster.ask(made[2])
+        assert again is not None
+        assert again.id == made[1]
+        cluster.stop_job()
+        assert cluster.start(*NODES, round_="r5", keep=3).id == made[2]
+
+    def test_only_what_is_on_the_path_is_taken_back(self) -> None:
+        """Of four lives of three steps, whatever path they took."""
+        lives = list(product(range(1, 5), range(1, 4)))
+        for path in chain.from_iterable(combinations(lives, length) for length in (1, 2, 3)):
+            if len({life for life, _ in path}) < len(path):
+                continue
+            there = {(life, step) for life, last in path for step in range(1, last + 1)}
+            for (life, step), before in product(lives, range(2, 6)):
+                left = list(GivenUp(life, step, before).without(tuple(starmap(Ancestor, path))))
+                for id in lives:
+                    gone = any(one.covers(snapshot(*id)) for one in left)
+                    was = GivenUp(life, step, before).covers(snapshot(*id))
+                    assert gone == (was and id < path[-1] and id not in there)
 
     def test_a_wish_that_was_fulfilled_is_not_fulfilled_again(self) -> None:
         """Though the news of it was lost with the coordinator that knew."""

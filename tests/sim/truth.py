@@ -321,10 +321,18 @@ class Truth:
         """Whether somebody had the job go back past it, and it never came there again."""
         lives = [life for job, life in self._lives if job == id.job]
         start = self._lives[id.job, max(lives)][1] if lives else None
-        on_path = start is not None and (id == start or self._is_ancestor(id, start))
-        return not on_path and any(
-            id.life < before and id > wish for wish, before in self._given_up.get(id.job, ())
-        )
+        if start is not None and self._is_on_path(id, start):
+            return False
+        gone = False
+        for wish, before in self._given_up.get(id.job, ()):
+            if self._is_on_path(id, wish):
+                gone = False  # taken back, whether or not it can be loaded there
+            elif id.life < before and id > wish:
+                gone = True
+        return gone
+
+    def _is_on_path(self, id: SnapshotId, to: SnapshotId) -> bool:
+        return id == to or self._is_ancestor(id, to)
 
     # Memory.
 
