@@ -71,10 +71,13 @@ def plan(manifest: JobManifest, holdings: Holdings) -> Plan:
 
 
 def _heirs(member: Member, place: Place, free: list[str], holdings: Holdings) -> Iterator[str]:
-    """Who of those without a place may take this one, before others who has parity for it."""
+    """Who of those without a place may take this one, before others who has parity for it.
+
+    That is as good as it was, wherever the segments of the place are by now.
+    """
     for node in sorted(free, key=lambda name: (not holdings[name].parity, name)):
-        fits = not holdings[node].parity or holdings[node].place == place
-        if fits and is_at_home(member, node, holdings):
+        held = holdings[node]
+        if held.place == place if held.parity else is_at_home(member, node, holdings):
             yield node
 
 
@@ -97,10 +100,14 @@ def _can_make(
     holdings: Holdings,
     held: Mapping[int, tuple[str, ...]],
 ) -> bool:
-    """Whether somebody can make its parity: a few from others' data, all from everybody's own."""
+    """Whether somebody can make its parity: a few from others' data, all from everybody's own.
+
+    Or has some of it back, which the others are to hear of.
+    """
     members = list(zip(group.members, nodes, strict=True))
     at_home = [is_at_home(member, node, holdings) for member, node in members]
-    if len(lacking) > group.parity_shards:
+    back = [n for n in lacking if nodes[n] in holdings and holdings[nodes[n]].parity]
+    if len(lacking) - len(back) > group.parity_shards:
         return all(at_home)
     whole = all(extent.rank in held for member in group.members for extent in member.extents)
-    return whole and any(at_home[place] for place in lacking)
+    return whole and (bool(back) or any(at_home[place] for place in lacking))

@@ -105,6 +105,16 @@ class TestThePlan:
         done = {**WHOLE, "z": holds(2, place=(0, 2)), **back}
         assert again.plan(heir, done) == again.Plan({}, (), ())
 
+    @pytest.mark.parametrize("left", [(2,), ()], ids=["segments elsewhere", "segments lost"])
+    def test_who_has_its_parity_takes_it_back_wherever_the_segments_are(
+        self, left: tuple[int, ...]
+    ) -> None:
+        """The ranks were numbered anew while it had the place."""
+        heir = group_of(member("a", 0), member("b", 1), member("z", 2, captured_on="c"))
+        found = again.plan(heir, {**WHOLE, "z": holds(*left), "c": holds(0, place=(0, 2))})
+        assert found.taken == {(0, 2): "c"}
+        assert found.groups == ((0,) if left else ()), "others are to hear of it"
+
     def test_who_had_it_first_and_has_the_parity_of_another_since_does_not(self) -> None:
         lost = group_of(member("a", 0), member("b", 1), member("z", 2, captured_on="c"))
         assert not again.plan(lost, {**WHOLE, "c": holds(2, place=(0, 1))}).taken
