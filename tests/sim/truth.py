@@ -315,7 +315,6 @@ class Truth:
         if wish is not None:
             self._given_up.setdefault(grant.job, []).append((wish, grant.life))
             self.promises[grant.job] = wish
-            self._complete[grant.job] = {i for i in self._complete.get(grant.job, ()) if i <= wish}
 
     def given_up(self, id: SnapshotId) -> bool:
         """Whether somebody had the job go back past it, and it never came there again."""
@@ -406,11 +405,11 @@ class Truth:
         promise = self.promises.get(job)
         if promise is None:
             return []
-        ids = {promise, *(id for id in self._complete.get(job, ()) if id > promise)}
+        ids = set(self._complete.get(job, ()))
         if machine is not None:
-            covered = (id for id, name in self._covered if name == machine.name)
-            ids.update(id for id in covered if id.job == job and id > promise)
-        ids.update(self._world.people.wanted(job))
+            ids.update(id for id, name in self._covered if name == machine.name and id.job == job)
+        newer = {id for id in ids if id > promise and not self.given_up(id)}
+        ids = {promise, *newer, *self._world.people.wanted(job)}
         return [id for id in sorted(ids) if self.restorable(id)]
 
     # At all times, and at the end.
