@@ -6,6 +6,7 @@ from statistics import median_low
 
 _FIRST_LEAD_STEPS = 2
 _SAMPLES = 9
+_SAMPLES_TRUSTED = 3  # what was held up together makes one of them far too small
 _SHRINK = 0.99  # in balance with doubling, about one ticket in seventy is late
 _SHRINK_AT_FIRST = 0.9  # until a ticket was late: then it is known what is too little
 _TICKETS_KEPT = 16  # more than are under way: those that were dropped are never asked for
@@ -97,6 +98,8 @@ class Pacer:
             # A step that takes longer than usual is expected to end at any moment.
             elapsed_s = min(now - self._seen_at, self.step_s)
             lead = max(1, math.ceil((elapsed_s + self.margin_s) / max(self.step_s, 1e-6)))
+            if len(self._samples) < _SAMPLES_TRUSTED:
+                lead = min(lead, _FIRST_LEAD_STEPS)
         last = max(self._last_ticket, used)
         self._last_ticket = max(self._step + lead, last + self.every)
         return self._last_ticket

@@ -315,6 +315,18 @@ class TestPacer:
         pacer.observe(21, now + 1.1)
         assert pacer.next_step(now + 1.1, 0) == 23
 
+    def test_after_reports_that_were_held_up_tickets_are_not_far_ahead(self) -> None:
+        """The first that comes by itself seems to be the end of many steps."""
+        pacer = Pacer(every=1)
+        pacer.margin_s = pacer.MARGIN_MAX_S
+        pacer.start(236, 10.0)
+        for step in range(237, 291):
+            pacer.observe(step, 10.0)
+        for step in range(291, 300):
+            now = 10.0 + 0.1 * (step - 290)
+            pacer.observe(step, now)
+            assert pacer.next_step(now, 0) <= step + 41
+
     def test_the_margin_rests_when_the_last_rank_was_only_just_in_time(self) -> None:
         pacer = Pacer(every=1)
         margin_s = pacer.margin_s
