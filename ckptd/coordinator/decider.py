@@ -469,7 +469,7 @@ class Coordinator:
             self._forget_attachments(job, hello.node)
         # All that it holds is taken in before anything is decided from it.
         for holding in hello.holdings:
-            self._holds(hello.node, holding, now)
+            self._holds(hello.node, holding, now, is_back=True)
         for job in list(self.jobs.values()):
             job.changed = True
             self._resend_orders(job, hello, now)
@@ -977,18 +977,19 @@ class Coordinator:
             and self._may_stay(job, snapshot, verdict, holdings)
         ):
             return  # it is kept beside the older one
+        # A node that has just died may be why it failed, and is still thought to hold its part; and
+        # the report of parity that makes up for what is lost may be on its way.
+        sure_at = snapshot.unprotected_at + self.settings.beat_s
+        heard = {name for name, node in self.nodes.items() if node.last_seen >= sure_at}
         if better is not None:
             needless = snapshot.id.life == job.life and self._waits_for_room(job, snapshot.id)
             if better > snapshot.id or needless:
                 self._end(job, snapshot, State.DROPPED, reason, now)
         elif verdict.restorable:
-            # A node that has just died may be why it failed, and is still thought to hold its part.
-            sure_at = snapshot.unprotected_at + self.settings.beat_s
-            sure = all(self.nodes[name].last_seen >= sure_at for name in holdings)
-            if sure and self._waits_for_room(job, snapshot.id):
+            if holdings.keys() <= heard and self._waits_for_room(job, snapshot.id):
                 snapshot.reason = f"not protected: {reason}"
                 self._commit(job, snapshot, now)
-        elif all(name in self.nodes and self.nodes[name].live for name in nodes) and not any(
+        elif all(name in heard and self.nodes[name].live for name in nodes) and not any(
             snapshot.id in node.held for node in self.nodes.values()
         ):
             # Lost, not dropped: the job has had a snapshot, and must not start from nothing.
@@ -1061,7 +1062,12 @@ class Coordinator:
         states = [h.state for (r, _), h in job.attachments.items() if r == job.round]
         return sum(state.life == job.life for state in states) == job.world_size > 0
 
-    def _holds(self, node: str, holding: Holding, now: float) -> None:
+    def _holds(self, node: str, holding: Holding, now: float, is_back: bool = False) -> None:
+        """Take in what a node holds; `is_back`: as it says Hello.
+
+        What was lost may be there again with a node that was away. Others were told to drop theirs:
+        what they say of it was on its way then.
+        """
         held = self.nodes[node].holdings
         if holding.id.job in self.jobs:
             self.jobs[holding.id.job].changed = True
@@ -1076,7 +1082,7 @@ class Coordinator:
         if self._disbelieves(job, holding.id.life):
             return
         ended = next((past for past in job.ended if past.id == holding.id), None)
-        if ended is not None and ended.state is not State.LOST:
+        if ended is not None and not (is_back and ended.state is State.LOST):
             self._send(node, Drop(holding.id, ended.reason or ended.state.value))
             return
         held[holding.id] = holding

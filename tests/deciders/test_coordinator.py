@@ -620,6 +620,28 @@ class TestProtectAndCommit:
         cluster.pass_time(2 * cluster.settings.beat_s)
         assert any(safe in m.retire for m in cluster.told("a", Commit))
 
+    @pytest.mark.parametrize("late", [False, True])
+    def test_what_lacks_a_segment_is_not_lost_before_all_have_been_heard_again(
+        self, late: bool
+    ) -> None:
+        """The report of the parity that makes up for it is on its way."""
+        cluster = trained("a", "b", "c")
+        newest = cluster.tickets("a")[0]
+        cluster.seal_all(newest)
+        for name in ("b", "c"):
+            cluster.encode(name, newest)
+        held = cluster.nodes["b"].holdings[newest]
+        cluster.nodes["b"].holdings[newest] = msgspec.structs.replace(held, parity=True, extents=())
+        cluster.restart_agent("b", ranks=True)
+        cluster.pass_time(3 * cluster.settings.beat_s if late else 0.0)
+        cluster.encode("a", newest)
+        cluster.pass_time(3 * cluster.settings.beat_s)
+        dropped = newest in [m.id for m in cluster.told("c", Drop) if isinstance(m, Drop)]
+        assert dropped is late
+        assert (newest in cluster.coordinator.jobs[JOB].snapshots) is not late
+        cluster.hello("a")  # who says so then has not heard of the drop
+        assert newest in cluster.coordinator.jobs[JOB].snapshots
+
     @pytest.mark.parametrize("why", ["nobody runs", "a newer one comes"])
     def test_what_is_not_protected_replaces_nothing_as_long_as_no_room_is_needed(
         self, why: str
@@ -688,6 +710,7 @@ class TestProtectAndCommit:
         cluster.seal_all(id)
         cluster.destroy("b")
         cluster.add("b", token="new memory")
+        cluster.pass_time(2 * cluster.settings.beat_s)
         assert id in [drop.id for drop in cluster.told("b", Drop) if isinstance(drop, Drop)]
 
     def test_status_says_how_far_a_segment_has_come_and_when_it_will_be_there(self) -> None:
