@@ -1052,7 +1052,7 @@ class Coordinator:
             if its > margin:
                 return id
             protected = other.state is State.PROTECTED or recovery.was_protected(holdings)
-            as_safe = its == margin and (snapshot.damaged or (protected and not proven))
+            as_safe = protected and not proven and its == margin
             if as_safe and recovery.judge(other.manifest, other.world_size, holdings).restorable:
                 return id
         return None
