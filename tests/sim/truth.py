@@ -51,6 +51,8 @@ class Truth:
         self._captured: set[tuple[SnapshotId, int]] = set()
         self._lives: dict[tuple[str, int], tuple[str, SnapshotId | None]] = {}
         """(job, life) to the round that it was granted to, and the snapshot."""
+        self._terms: dict[tuple[str, int], int] = {}
+        """(job, life) to the term in which it was granted."""
         self._owners: dict[tuple[str, int], Run] = {}
         self._paths: dict[tuple[str, int, int], str] = {}
         """(job, life, step) to the course of training until then."""
@@ -157,10 +159,26 @@ class Truth:
         key, answer = (grant.job, grant.life), (grant.round, grant.id)
         known = self._lives.get(key)
         if known is not None and known != answer and key in self._owners:
-            raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
+            if self._is_known(grant):
+                raise Violation(f"life {grant.life} of {grant.job} is {known}, and {answer}")
+            del self._owners[key]
         if known != answer:
             self._went_back(grant)
-        self._lives[key] = answer
+        self._lives[key], self._terms[key] = answer, grant.record.term
+
+    def _is_known(self, grant: Grant) -> bool:
+        """Whether anybody is left who had heard of another grant of this life, or of a later one.
+
+        Else the node of its rank 0 was rebooted, and no other node had heard of that life, so none
+        can have anything of it.
+        """
+        disks = [machine.disk for machine in self._world.machines.values() if machine.alive]
+        found = [disk.records[grant.job] for disk in disks if grant.job in disk.records]
+        term = self._terms[grant.job, grant.life]
+        return term == grant.record.term or any(
+            (record.life, record.term) == (grant.life, term) or record.life > grant.life
+            for record in found
+        )
 
     def _grants(self, office: "CoordinatorProcess", grant: Grant) -> None:
         if self.is_granted(grant):
