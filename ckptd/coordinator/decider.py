@@ -1036,23 +1036,27 @@ class Coordinator:
         """One that survives more losses, and is newer, or was to be replaced by this one.
 
         One that was protected is better than one that never was, even if it has since lost so much
-        that it surely survives no more: what is known of the other is only that it was sealed.
+        that it surely survives no more: what is known of the other is only that it was sealed. Nor
+        is an older one better than one that was protected, and had replaced it then.
         And one that is damaged survives less than is counted, which is what was reported before.
         """
         ancestors = self._chain(job, snapshot.id)
         mine = self.live_holdings(snapshot.id)
         margin = 0 if snapshot.damaged else recovery.margin(snapshot.manifest, mine)
         proven = recovery.was_protected(mine)
+        whole = recovery.judge(snapshot.manifest, snapshot.world_size, mine).restorable
+        replaces = proven and whole and not snapshot.damaged
         for id in sorted(job.snapshots, reverse=True):
             other, holdings = job.snapshots[id], self.live_holdings(id)
-            comparable = id > snapshot.id or is_ancestor(id, snapshot.id, ancestors)
-            if not comparable or job.has_given_up(id):
+            older = is_ancestor(id, snapshot.id, ancestors) and not replaces
+            if not (id > snapshot.id or older) or job.has_given_up(id):
                 continue
             its = recovery.margin(other.manifest, holdings)
             if its > margin:
                 return id
             protected = other.state is State.PROTECTED or recovery.was_protected(holdings)
-            as_safe = protected and not proven and its == margin
+            damaged = snapshot.damaged and id < snapshot.id  # a newer one may be damaged, too
+            as_safe = its == margin and (damaged or (protected and not proven))
             if as_safe and recovery.judge(other.manifest, other.world_size, holdings).restorable:
                 return id
         return None

@@ -439,6 +439,37 @@ class TestProtectAndCommit:
         assert not any(first in m.retire for m in cluster.told("a", Commit))
         assert second in [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
 
+    def test_what_was_protected_is_not_dropped_for_what_it_was_to_replace(self) -> None:
+        """The coordinator before died as it gave permission to free that; a segment was lost."""
+        cluster = trained("a", "b", "c", "d")
+        cluster.update(0, step=1)
+        first, second = cluster.tickets("a")
+        cluster.protect(first)
+        older = {name: cluster.nodes[name].holdings[first] for name in "abcd"}
+        cluster.protect(second)
+        for name in "abcd":
+            cluster.nodes[name].holdings[first] = older[name]
+        held = cluster.nodes["a"].holdings[second]
+        cluster.nodes["a"].holdings[second] = msgspec.structs.replace(held, extents=())
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s + 3 * cluster.settings.beat_s)
+        assert second not in [m.id for m in cluster.told("a", Drop) if isinstance(m, Drop)]
+        assert first in cluster.told("a", Commit)[-1].retire  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("damaged", [True, False])
+    def test_what_is_damaged_replaces_nothing_under_a_new_coordinator(self, damaged: bool) -> None:
+        """It cannot tell that the older one was protected: a node has lost its parity."""
+        cluster, first, second = one_protected_one_sealed()
+        held = cluster.nodes["a"].holdings[first]
+        cluster.nodes["a"].holdings[first] = msgspec.structs.replace(held, parity=False)
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.say("b", SnapshotFailed(second, "dropped", "for the story", damaged))
+        cluster.pass_time(3 * cluster.settings.beat_s)
+        assert any(first in m.retire for m in cluster.told("a", Commit)) is not damaged
+        dropped = [drop.id for drop in cluster.told("a", Drop) if isinstance(drop, Drop)]
+        assert (second in dropped) is damaged
+
     @pytest.mark.parametrize("damaged", [True, False])
     def test_what_is_damaged_is_not_counted_as_it_was_reported(self, damaged: bool) -> None:
         """All but one have its parity; what was protected has lost more of it than that."""
