@@ -88,6 +88,10 @@ class People:
             return None
         return None if self._world.truth.trained.get(grant.job, 0) > known.after else known.id
 
+    def have_chosen(self, grant: Grant) -> bool:
+        """Whether the life was granted from where somebody chose, whatever was asked for since."""
+        return grant.id is not None and self._fulfilled.get((grant.job, grant.life)) == grant.id
+
     def fulfils(self, grant: Grant) -> SnapshotId | None:
         """The wish with which the life was granted, once an agent has heard of it."""
         asked = self._asked.get(grant.job)

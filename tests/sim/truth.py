@@ -189,8 +189,9 @@ class Truth:
             raise Violation(
                 f"{grant.job} starts from nothing, though {max(self.sealed[grant.job])} was sealed"
             )
-        if self._world.people.wish(office, grant) is not None:
-            return  # somebody chose
+        people = self._world.people
+        if people.wish(office, grant) is not None or people.have_chosen(grant):
+            return
         promise = self.promises.get(grant.job)
         run = self._world.jobs[grant.job].run
         if promise is None or (run is not None and promise in run.rejected):
