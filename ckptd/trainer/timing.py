@@ -54,6 +54,8 @@ _NAMES = {
 }
 _UNWAITED_LIMIT = 1024
 _AT_ONCE_NS = 200_000
+_AT_ONCE_SHARE = 0.1
+"""Of the time before `wait()`: on a busy machine waiting for nothing takes milliseconds, too."""
 
 log = logging.getLogger("ckptd")
 
@@ -171,7 +173,8 @@ class Timing:
         """The end of an operation that has no future. If there was nothing to wait for any more, it
         came at some time before: its duration would have the program's own time in it."""
         blocked_ns = time.perf_counter_ns() - called_ns
-        if blocked_ns < _AT_ONCE_NS <= called_ns - started.began_ns:
+        before_ns = called_ns - started.began_ns
+        if before_ns >= _AT_ONCE_NS and blocked_ns < max(_AT_ONCE_NS, _AT_ONCE_SHARE * before_ns):
             self._ring.end(started.record, -1)
         else:
             self._end(started)
