@@ -99,6 +99,40 @@ def test_who_sends_seven_times_in_a_window_is_compared_like_who_sends_eight(
     assert max(float(np.nanmax(window.excess)) for window in windows) < 0.15
 
 
+def test_a_node_that_tells_later_now_and_then_is_no_slower_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its operations are in the next window: so there are fewer in one, and more in another."""
+    windows: list[Window] = []
+    add = History.add
+    monkeypatch.setattr(History, "add", lambda self, w: (windows.append(w), add(self, w))[1])
+    shape = replace(SMALL, data=2, pipeline=2, tensor=1, microbatches=2, layers=2, buckets=4)
+    job = Job(replace(shape, ranks_per_node=1, noise=0.02), 3)
+    watcher, held = Detector(), list[Sketch]()
+
+    def observe(at: float, sketches: list[Sketch]) -> bool:
+        held.append(sketches.pop())
+        if int(at / shape.step_s) % 6 > 2:
+            sketches += held
+            held.clear()
+        for sketch in sketches:
+            watcher.observe(sketch, at)
+        assert watcher.findings(at) == []
+        return job.step >= 300
+
+    play(job, 0.5 * shape.step_s, 1e9, observe)
+    assert len(windows) > 30
+    assert max(float(np.nanmax(window.excess)) for window in windows) < 0.06
+
+
+def test_one_of_two_replicas_that_is_hardly_slower_is_named_however_few_ranks_there_are() -> None:
+    """The slow one and its replica are half of the ranks by which the rest is judged."""
+    shape = replace(SMALL, data=2, pipeline=2, tensor=1, microbatches=2, layers=1, buckets=1)
+    fault = Fault("slow", 60, ranks=(0,), factor=1.12)
+    news = watch(Job(replace(shape, noise=0.1), 0, fault), 160, poll_steps=0.9)
+    assert [(f.kind, f.culprit.ranks) for f in news] == [(Kind.NON_COMMUNICATION_SLOW, (0,))]
+
+
 @pytest.mark.parametrize("source", ["entries", "durations"])
 def test_clocks_that_are_not_known_well_prove_nothing_but_durations_need_none(source: str) -> None:
     fault = Fault("slow", 120, ranks=(5,), factor=1.5)

@@ -1,7 +1,9 @@
 """Which ranks, transfers or the whole job are slow, against the job's own history of windows."""
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import sqrt
 
 import numpy as np
 
@@ -44,6 +46,9 @@ class History:
         self._windows = 0
         self._excess: deque[Floats] = deque(maxlen=thresholds.slow_long_windows)
         self._deviations: deque[Floats] = deque(maxlen=thresholds.history_windows)
+        """Of ranks that were not slow, by how much they differed from their peers."""
+        self._between = 0.0
+        """The same of medians, once, when the job was learnt."""
         self._errors: deque[float] = deque(maxlen=thresholds.slow_windows)
         self._slow_ranks: set[int] = set()
         self._hint = 0.0
@@ -85,13 +90,12 @@ class History:
         least = max(limits.slow_fraction, 2 * max(self._errors))
         strength = self._strength(latest, max(least, limits.slow_deviations * deviation))
         if len(self._excess) == limits.slow_long_windows:
-            # Over many windows noise averages out, and a cause stays. A median has 1.25 times the
-            # deviation of a mean.
-            steady = 1.25 * limits.slow_deviations * deviation / limits.slow_long_windows**0.5
-            lasting = self._strength(_median(list(self._excess)), max(least, steady))
-            strength = np.fmax(strength, lasting)
+            lasting = _median(list(self._excess))
+            steady = self._steady(lasting, deviation)
+            strength = np.fmax(strength, self._strength(lasting, max(least, steady)))
         if len(recent) < limits.slow_windows or self.is_learning:
             strength = np.zeros(len(latest))
+            self._between = _deviation([np.abs(_median(list(self._excess)))])
         self._hint = _largest(strength)
         bars = np.ones(len(strength))
         named = [rank for rank in self._slow_ranks if rank < len(bars)]
@@ -101,9 +105,25 @@ class History:
         is_slow[named] |= np.isnan(strength[named])
         slow = np.flatnonzero(is_slow)
         self._slow_ranks = {int(rank) for rank in slow}
-        self._remember(window.excess)
+        self._deviations.append(self._usual(window.excess))
         known = np.nan_to_num(strength, nan=limits.slow_over)
         return {int(rank): float(known[rank]) for rank in slow}, np.nan_to_num(latest), deviation
+
+    def _steady(self, lasting: Floats, deviation: float) -> float:
+        """What healthy ranks do not have in the median of many windows, for noise averages out, and
+        a cause stays.
+
+        `deviation`, of ranks in single windows, is too much in a small job, where the slow rank and
+        its peers are most of them. There it is how a rank's windows differ from one another, or how
+        ranks differed when the job was learnt.
+        """
+        limits = self._limits
+        stride = max(1, len(lasting) // _RANKS_KEPT)
+        noise = np.abs(np.stack(self._excess)[:, ::stride] - lasting[::stride])
+        # A median has 1.25 times the deviation of a mean.
+        averaged = 1.25 / sqrt(limits.slow_long_windows)
+        own = max(averaged * _deviation([noise]), self._between)
+        return limits.slow_deviations * min(averaged * deviation, own)
 
     def _strength(self, excess: Floats, needed: float) -> Floats:
         """How many times what is needed.
@@ -115,13 +135,11 @@ class History:
         strength: Floats = np.where(far_less, 0.0, excess / needed)
         return strength
 
-    def _remember(self, excess: Floats) -> None:
-        """Deviations of ranks that are not slow tell what is usual."""
+    def _usual(self, excess: Floats) -> Floats:
+        """Of ranks that are not slow, how far they are from their peers."""
         usual = np.abs(excess)
-        usual[list(self._slow_ranks)] = np.nan
-        usual = usual[~np.isnan(usual)]
-        stride = max(1, len(usual) // _RANKS_KEPT)
-        self._deviations.append(usual[::stride])
+        usual[[rank for rank in self._slow_ranks if rank < len(usual)]] = np.nan
+        return usual[:: max(1, len(usual) // _RANKS_KEPT)]
 
     def _judge_transfers(
         self, window: Window
@@ -255,10 +273,11 @@ def _largest(values: Floats) -> float:
     return float(known.max()) if len(known) else 0.0
 
 
-def _deviation(kept: deque[Floats]) -> float:
-    """A robust standard deviation, from absolute deviations of several windows."""
-    known = [values for values in kept if len(values)]
-    return _MAD * float(np.median(np.concatenate(known))) if known else 0.0
+def _deviation(kept: Iterable[Floats]) -> float:
+    """A robust standard deviation, from absolute deviations of several windows; NaN: not known."""
+    values = np.concatenate([np.zeros(0), *(each.ravel() for each in kept)])
+    values = values[~np.isnan(values)]
+    return _MAD * float(np.median(values)) if len(values) else 0.0
 
 
 def _median(windows: list[Floats]) -> Floats:

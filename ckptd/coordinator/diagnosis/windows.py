@@ -91,10 +91,11 @@ class Meter:
         wait_s, transfer_s = _waits_and_transfers(table, complete)
         rows = complete.sum(axis=1)
         sampled = np.where(complete[group], wait_s, 0.0).sum(axis=1) / np.maximum(rows, 1)[group]
-        _, usual = _medians(self._sort, count.astype(np.float64))
-        usual = usual[self._sort]
-        # One more or less than others of its sort only tells where the window ended.
-        often = np.where(np.abs(count - usual) <= 1, usual, count)
+        usual = self._usual(count)
+        # More or less than others that are used as often only tells where the window ended.
+        total = np.minimum.reduceat(table.ended[: table.used], starts)
+        is_alike = np.abs(total - self._usual(total)) <= self._ops_min
+        often = np.where(is_alike, usual, count)
         share = sampled * (often / seconds)[group]
         is_known = (rows >= self._rows_min)[group] & ~np.isnan(share)
         share, is_known = self._prefer_sums(table, share, is_known, rows, pace, seconds)
@@ -113,6 +114,11 @@ class Meter:
         error = exact_s * float(pace[compared].max(initial=0.0))
         keys, values = self._transfers(table, complete, transfer_s)
         return Window(seconds, excess, error, pace, keys, table.resolution_s, values)
+
+    def _usual(self, number: Ints) -> Floats:
+        """For each group the median of what groups of its sort have."""
+        _, medians = _medians(self._sort, number.astype(np.float64))
+        return medians[self._sort]
 
     def _complete_rows(self, table: Table) -> Bools:
         """For each group and place: whether all its ranks have told of the same new operation."""
