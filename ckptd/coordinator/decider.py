@@ -1018,19 +1018,18 @@ class Coordinator:
     ) -> bool:
         """Whether it is kept beside an older one that survives more losses.
 
-        If it was protected, and more than one is kept. Or as long as there are slots for new ones,
-        if it may have been, for all that a coordinator knows that was not there then. What somebody
-        wants to go back to does not count: it stays in any case.
+        If it was protected; or if it may have been, for all that a coordinator knows that was not
+        there then, as long as there are slots for new ones. What somebody wants to go back to does
+        not count: it stays in any case.
         """
-        proven = recovery.was_protected(holdings)
-        if proven and job.keep > 1:
-            return True
+        if recovery.was_protected(holdings):
+            return job.keep > 1
         wanted, whole = self.rollback_of(job), (State.SEALED, State.PROTECTED)
         older = sum(
             id < snapshot.id and id != wanted and other.state in whole
             for id, other in job.snapshots.items()
         )
-        return (proven or snapshot.learned) and verdict.restorable and older < job.keep
+        return snapshot.learned and verdict.restorable and older < job.keep
 
     def _better(self, job: Job, snapshot: Snapshot) -> SnapshotId | None:
         """One that survives more losses, and is newer, or was to be replaced by this one.
