@@ -225,6 +225,7 @@ class Coordinator:
             case Entries():
                 self._replicate(self._replication.answered(name, message.entries))
                 for job in list(self.jobs.values()):
+                    job.changed = True  # another may be wanted
                     self._consider_resume(job, now)
             case Kept():
                 self._replication.kept(name, message.log)
@@ -329,6 +330,7 @@ class Coordinator:
             return entry
         self._note(entry, now)
         for job in list(self.jobs.values()):
+            job.changed = True  # another may be wanted
             self._miss_nodes(job, now)
             self._consider_resume(job, now)
         return ""
@@ -1145,8 +1147,11 @@ class Coordinator:
 
     def _find_incomplete(self, job: Job, now: float) -> None:
         """Note since when the snapshot that a resume would choose has lost segments."""
+        wanted = self.rollback_of(job)
         for id in sorted(job.snapshots, reverse=True):
             snapshot = job.snapshots[id]
+            if job.has_given_up(id) if wanted is None else id != wanted:
+                continue
             if snapshot.state not in (State.SEALED, State.PROTECTED) or snapshot.unloadable:
                 continue
             held = self._inventory.of(id)
@@ -1360,22 +1365,27 @@ class Coordinator:
     def _look_at_parity(self, job: Job, now: float) -> None:
         """Have parity that is lost made anew, of snapshots that no newer one will replace.
 
+        None replaces the one that somebody wants to go back to, and none does that was given up.
         Only if something has changed, and once all nodes have been heard that are there.
         """
         if not job.changed or now < self._settled_at:
             return
         job.changed = False
         self._find_incomplete(job, now)
+        wanted = self.rollback_of(job)
         for snapshot in list(job.snapshots.values()):
             counts = snapshot.state in (State.SEALED, State.PROTECTED) and not snapshot.unloadable
             coded = snapshot.manifest is not None and any(
                 group.parity_shards for group in snapshot.manifest.groups
             )
             newer = any(
-                other.id > snapshot.id and other.state is State.PROTECTED and not other.unloadable
+                other.id > snapshot.id
+                and other.state is State.PROTECTED
+                and not other.unloadable
+                and not job.has_given_up(other.id)
                 for other in job.snapshots.values()
             )
-            if counts and coded and not newer:
+            if counts and coded and (snapshot.id == wanted or not newer):
                 self._protect_again(job, snapshot, now)
 
     def _protect_again(self, job: Job, snapshot: Snapshot, now: float) -> None:

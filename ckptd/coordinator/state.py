@@ -186,7 +186,7 @@ class Job:
     incomplete: tuple[SnapshotId, float] | None = None
     """The snapshot that a resume would choose, if segments of it are lost, and since when."""
     changed: bool = False
-    """What nodes hold of it has changed since that was last looked at as a whole."""
+    """What nodes hold of it, or what is wanted, has changed since that was looked at as a whole."""
     moved_at: float = float("-inf")
     """When a rank of `life` was last heard to do something: finish a step, or end a capture."""
     tickets: deque[tuple[SnapshotId, float]] = field(default_factory=lambda: deque(maxlen=32))

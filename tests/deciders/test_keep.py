@@ -356,6 +356,29 @@ class TestRollback:
         cluster.pass_time(cluster.settings.lease_s + 1)
         assert {old, newest} <= set(cluster.coordinator.jobs[JOB].snapshots)
 
+    @pytest.mark.parametrize("given_up", [False, True])
+    def test_the_chosen_one_is_protected_again_though_a_newer_one_is_there(
+        self, given_up: bool
+    ) -> None:
+        """Also when the job has gone back, and the newer one is given up."""
+        cluster, (old, newest) = training(2, snapshots=2)
+        if given_up:
+            go_back(cluster, old)
+            cluster.stop_job()
+            assert cluster.start(*NODES, round_="r2", keep=2).id == old
+        cluster.add("e")
+        for name in ("d", "e"):
+            cluster.nodes[name].holdings.pop(old, None)
+            cluster.hello(name)
+        cluster.bring("e", old, 3)
+        cluster.pass_time(1)
+        assert cluster.coordinator.jobs[JOB].has_given_up(newest) is given_up
+        if not given_up:
+            assert not cluster.told("e", Protect), "the newer one would replace it"
+            go_back(cluster, old)
+            cluster.pass_time(1)
+        assert [m.manifest.id for m in cluster.told("e", Protect)] == [old]  # type: ignore[attr-defined]
+
     def test_an_unknown_step_is_refused_with_the_choices(self) -> None:
         cluster, made = training(2, snapshots=3)
         refusal = cluster.obey(RollBack(JOB, 9999))
