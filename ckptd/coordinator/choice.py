@@ -45,9 +45,10 @@ def choose(
     """
     expected = expected_nodes(job)
     unheard = sorted(name for name in expected if name not in nodes)
+    early = f"({settled_at - now:.1f} s after the coordinator's start)"
     if now < settled_at and (unheard or not expected):
         whom = f"nodes {', '.join(unheard)}" if unheard else "agents that may know of this job"
-        return Wait(f"{whom} ({settled_at - now:.1f} s after the coordinator's start)")
+        return Wait(f"{whom} {early}")
     silent = [
         name
         for name in sorted(expected & nodes.keys())
@@ -72,9 +73,14 @@ def choose(
             partial.append(f"{id} was not complete: {verdict.reason}")
         elif verdict.restorable:
             return Start(id, "; ".join([f"{id} is the newest that can be restored", *notes]))
+        elif now < settled_at:  # whoever took a lost node's place is known only from itself
+            return Wait(f"agents that may hold more of {id} {early}")
         else:
             notes.append(f"{id}: {verdict.reason}")
-    return _without_a_snapshot(job, pending, nodes, notes, partial)
+    found = _without_a_snapshot(job, pending, nodes, notes, partial)
+    if isinstance(found, Wait) and now < settled_at:
+        return Wait(f"agents that may hold a snapshot of this job {early}")
+    return found
 
 
 def _go_back(

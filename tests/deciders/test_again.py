@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from ckptd.agent import events as ev
@@ -20,6 +21,7 @@ from ckptd.wire import (
     Protect,
     Rebuild,
     Recoding,
+    ResumeWaits,
     SnapshotFailed,
 )
 
@@ -414,6 +416,30 @@ class TestTheCoordinator:
         grant = cluster.ask()
         assert grant is not None
         assert grant.id == id
+
+    def test_a_new_coordinator_refuses_nobody_before_an_heir_may_have_been_heard(self) -> None:
+        """The node that knew of it has come back empty, and the other had lost its place before."""
+        cluster = trained("a", "b", spares=("s",))
+        id = cluster.tickets("a")[0]
+        cluster.protect(id)
+        cluster.stop_job()
+        cluster.destroy("b")
+        cluster.bring("s", id, 1)
+        cluster.pass_time(0.5)
+        assert manifest_now(cluster, id).place_of("s") == (0, 1)
+        cluster.encode("s", id)
+        lost = cluster.nodes["a"]
+        lost.holdings, lost.record, lost.token = {}, None, "emptied"
+        back = cluster.nodes["b"]
+        back.up = True
+        back.holdings[id] = msgspec.structs.replace(back.holdings[id], parity=False)
+        cluster.restart_coordinator("a", "b")
+        cluster.attach("r2", "a", "b")
+        assert cluster.ask() is None
+        (said,) = cluster.told("a", ResumeWaits)
+        assert not said.final  # type: ignore[attr-defined]
+        cluster.hello("s")
+        assert [grant.id for grant in cluster.granted("a")][-1] == id
 
     def test_the_lost_node_that_comes_back_too_late_does_no_harm(self) -> None:
         cluster, id = protected("g")
