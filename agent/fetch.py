@@ -71,7 +71,9 @@ class SegmentFetch:
         if present:
             needed = wrong_cells(path, segment.size_bytes, self._cell_bytes, segment.digests)
             if not needed:
-                return Outcome(self._sidecar(segment), 0, 0)
+                sidecar = self._sidecar(segment)
+                _write_sidecar(path, sidecar)  # another process may have damaged it
+                return Outcome(sidecar, 0, 0)
         else:
             needed = list(cells)
         with path.open("r+b", buffering=0) as file:
@@ -89,7 +91,7 @@ class SegmentFetch:
                 _write_head(path, head)  # no more cells are wrong than there were
             raise
         sidecar = self._sidecar(segment)
-        sidecar_path(path).write_bytes(checked_record(sidecar))
+        _write_sidecar(path, sidecar)
         _write_head(path, head)
         return Outcome(sidecar, self._fetched, self._rebuilt)
 
@@ -165,6 +167,13 @@ class SegmentFetch:
             self._cell_bytes,
             segment.digests,
         )
+
+
+def _write_sidecar(path: Path, sidecar: Sidecar) -> None:
+    """Write it, unless it is there already: somebody may be reading it."""
+    where, record = sidecar_path(path), checked_record(sidecar)
+    if not where.exists() or where.read_bytes() != record:
+        where.write_bytes(record)
 
 
 def _write_head(path: Path, head: bytes) -> None:

@@ -524,6 +524,22 @@ class TestChanges:
         assert str(second) in maps
         assert str(first) not in maps
 
+    def test_a_slot_of_which_another_segment_has_the_name_by_now(
+        self, run: Run, slots: Slots
+    ) -> None:
+        """This process was stopped in a capture, and its agent was restarted meanwhile."""
+        theirs = slots.take(run)
+        sidecar = sidecar_path(theirs).read_bytes()
+        capture = slots.engine(run)
+        path = slots.make(capture.lay_out(1).layout.size_bytes, "same.safetensors")
+        sidecar_path(path).write_bytes(sidecar)
+        capture.at_point = lambda at: theirs.replace(path) if at == "copied" else None
+        self.begin(capture, path)
+        capture.wait_sealed()
+        assert [outcome for _, outcome, _ in slots.failed] == ["dropped"]
+        assert sidecar_path(path).read_bytes() == sidecar
+        verify_cells(path, read_segment_sidecar(path))
+
 
 @pytest.fixture
 def lazily(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from ckptd.errors import CorruptData, Gone, ProtocolError, Unrecoverable
 from ckptd.ids import SnapshotId
 from ckptd.keys import ClusterKey
 from ckptd.manifest import NodeManifest, SegmentDigests
-from ckptd.segment import ParitySidecar
+from ckptd.segment import ParitySidecar, sidecar_path
 from ckptd.wire import (
     GetCell,
     GetDecoded,
@@ -475,6 +475,19 @@ class TestFlippedBits:
         assert fetch.run(path, present=True).rebuilt_cells == 2
         assert path.read_bytes() == cluster.segments[rank]
         verify_cells(path, read_segment_sidecar(path))
+
+    def test_in_the_nodes_own_digests_they_are_written_anew(self, build: Build) -> None:
+        """A process of an old life, whose slot had the same name, has written its own there."""
+        cluster = build([1, 1, 1], 1)
+        cluster.protect()
+        node = cluster.nodes[0]
+        (rank,) = cluster.ranks[node.name]
+        path = node.segment(rank)
+        good = sidecar_path(path).read_bytes()
+        for bad in (b"of another", None):
+            sidecar_path(path).unlink() if bad is None else sidecar_path(path).write_bytes(bad)
+            SegmentFetch(node.reader, ID, rank, cluster.source()).run(path, present=True)
+            assert sidecar_path(path).read_bytes() == good
 
     def test_a_mending_that_fails_makes_nothing_worse(self, build: Build) -> None:
         """The other cells, the first among them, can still be had from here."""

@@ -105,6 +105,13 @@ class _Mapped:
     def __post_init__(self) -> None:
         self.view = memoryview(self.map)
 
+    def is_at(self, path: Path) -> bool:
+        """Whether this is still the file of that name."""
+        try:
+            return path.stat().st_ino == self.inode
+        except OSError:
+            return False
+
     def close(self) -> None:
         self.copies = None
         if self.pinned is not None:
@@ -119,7 +126,7 @@ class _Flight:
 
     id: SnapshotId
     path: Path
-    slot: memoryview
+    mapped: _Mapped
     layout: Layout
     plain: Any
     copies: list[Copies]
@@ -252,7 +259,7 @@ class Capture:
         self.at_point("volatile copied")
         self._captures_of_layout += 1
         flight = _Flight(
-            id, Path(path), slot, plan.layout, plain, copies, audited, cell_bytes, began
+            id, Path(path), mapped, plan.layout, plain, copies, audited, cell_bytes, began
         )
         self._flight = flight
         self._count("captures")
@@ -416,7 +423,7 @@ class Capture:
 
     def _seal(self, flight: _Flight) -> str:
         """Publish the segment; returns the name of a tensor that was torn instead, or ""."""
-        layout, slot, copies = flight.layout, flight.slot, flight.copies
+        layout, slot, copies = flight.layout, flight.mapped.view, flight.copies
         for each in copies:
             each.land(0, None)  # whatever else was sent on its way from a CUDA device has come, too
         objects = serialise(flight.plain)
@@ -444,6 +451,8 @@ class Capture:
             flight.id, self._rank, self._world_size, layout.size_bytes, flight.cell_bytes,
             pack(digests),
         )  # fmt: skip
+        if not flight.mapped.is_at(flight.path):  # another's segment may be there by now
+            raise CaptureError(f"the agent has given up the slot {flight.path}")
         sidecar_path(flight.path).write_bytes(checked_record(sidecar))
         self.at_point("sidecar written")
         slot[LENGTH_BYTES : len(header)] = header[LENGTH_BYTES:]

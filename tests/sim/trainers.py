@@ -207,6 +207,10 @@ class Trainer(Local):
 
     def _seal(self, id: SnapshotId, name: str, file: File, state: State) -> None:
         """The sidecar, then the header; a process may be stopped, or die, in between."""
+        if self.machine.disk.files.get(name) is not file:
+            self.captures -= 1
+            self.say(CaptureFailed(id, "dropped", "its agent has given up the slot"))
+            return
         self.machine.disk.seals[name] = Seal(id, self.rank, self.run.job.ranks, state)
 
         def publish() -> None:

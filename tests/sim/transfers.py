@@ -178,7 +178,10 @@ class Fetching:
         if digests is None:
             self._fail("Unrecoverable", f"the digests of rank {action.rank} are lost")
             return
+        manifest = action.source.manifest
+        world_size = manifest.world_size if manifest is not None else len(action.source.sizes)
         if action.present and file.data == digests:
+            disk.seals[action.name] = Seal(action.id, action.rank, world_size, digests)
             self._agent.feed(ev.Fetched(action.name, 0, 0))
             return
         got, rebuilt = self._places.copy(action.rank, digests), 0
@@ -187,8 +190,6 @@ class Fetching:
         if got != digests:
             self._fail("Unrecoverable", f"rank {action.rank} of {action.id} cannot be rebuilt")
             return
-        manifest = action.source.manifest
-        world_size = manifest.world_size if manifest is not None else len(action.source.sizes)
         file.data = got
         disk.seals[action.name] = Seal(action.id, action.rank, world_size, digests)
         file.header = (action.id, action.rank)
