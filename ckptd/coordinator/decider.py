@@ -446,7 +446,7 @@ class Coordinator:
             self._inventory.lose(hello.node, old.holdings)
         # A restarted agent starts anew; the same one saying hello again goes on.
         fresh = old is None or old.hello.incarnation != hello.incarnation
-        node = Node(hello, peer, now, told_at=now, launchers=set(hello.launchers))
+        node = Node(hello, peer, now, since=now, told_at=now, launchers=set(hello.launchers))
         if old is not None and not fresh:
             node.rhythm = old.rhythm
         node.memory_used_bytes, node.problems = hello.memory_used_bytes, hello.problems
@@ -1691,12 +1691,20 @@ class Coordinator:
         """Whether the life that runs may be of a later run than the one that asks.
 
         Processes that were stopped may wake up and ask when another run has long had a life, maybe
-        from another coordinator. All ranks of that are there then, and train.
+        from another coordinator. All ranks of that are there then, and train; or come back to an
+        agent that was restarted.
         """
-        here = [held.since for (round_, _), held in job.attachments.items() if round_ == job.round]
-        if pending.round == job.round or not here or len(here) < job.world_size:
+        here = {
+            rank: h.since for (round_, rank), h in job.attachments.items() if round_ == job.round
+        }
+        coming = [
+            rank
+            for rank, name in job.members.items()
+            if rank not in here and now - self.nodes[name].since < self.settings.lease_s
+        ]
+        if pending.round == job.round or not here or len(here) + len(coming) < job.world_size:
             return None
-        still_s, step_s = now - max(job.moved_at, *here), job.pacer.slowest_s
+        still_s, step_s = now - max(job.moved_at, *here.values()), job.pacer.slowest_s
         if step_s is None:
             step_s = 0.0 if job.grants else _LONG_STEP_S
         if still_s >= max(self.settings.lease_s, 2 * step_s):

@@ -53,6 +53,8 @@ class Node:
     peer: bytes
     """ZeroMQ identity of its connection."""
     last_seen: float
+    since: float = float("-inf")
+    """When it last said Hello: ranks may still come back to it."""
     told_at: float = float("-inf")
     """When it was last told that the coordinator is there."""
     live: bool = True

@@ -1140,6 +1140,28 @@ class TestResume:
         cluster.pass_time(step_s)
         assert (job.life, job.round) == (2, "stopped")
 
+    @pytest.mark.parametrize("back", [True, False])
+    def test_nor_while_a_rank_may_come_back_to_its_agent_that_was_restarted(
+        self, back: bool
+    ) -> None:
+        """A rank of the run that was stopped comes first."""
+        cluster = trained("a", "b")
+        cluster.protect(cluster.tickets("a")[0])
+        rank = cluster.state(0)
+        cluster.restart_coordinator()
+        cluster.restart_agent("a")
+        stopped = {"round": "stopped", "life": 0, "step": 0, "seen_step": 0, "free_slots": 0}
+        for name, state in (("a", rank), ("b", cluster.state(1))):
+            cluster.say(name, RankReport(msgspec.structs.replace(state, **stopped)))
+        cluster.say("a", AskResumeFor(JOB, "stopped", ()))
+        cluster.pass_time(0.9 * cluster.settings.lease_s)
+        job = cluster.coordinator.jobs[JOB]
+        assert (job.life, job.round) == (1, "r1")
+        if back:
+            cluster.report("a", msgspec.structs.replace(rank, step=9))
+        cluster.pass_time(0.9 * cluster.settings.lease_s)
+        assert (job.life, job.round) == ((1, "r1") if back else (2, "stopped"))
+
     def test_messages_of_an_old_life_are_ignored(self) -> None:
         cluster = trained("a", "b")
         cluster.protect(cluster.tickets("a")[0])
