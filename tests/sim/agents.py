@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ckptd.agent import events as ev
 from ckptd.agent.lifecycle import Identity, Lifecycle
 from ckptd.ids import SnapshotId
-from ckptd.wire import Grant
+from ckptd.wire import Grant, Record
 
 from .control import Connection, CoordinatorProcess
 from .disk import Disk, File, State, check_segment
@@ -187,8 +187,14 @@ class Agent:
     def _obey(self, event: ev.FromCoordinator, actions: list[ev.Action]) -> None:
         obedience = self.machine.obedience
         obedience.check(event, actions)
-        if obedience.obeys(event) and isinstance(event.message, Grant):
-            self.world.truth.granted_to(event.message)
+        if not obedience.obeys(event):
+            return
+        match event.message:
+            case Grant(record=record) as grant:
+                self.world.truth.granted_to(grant)
+                self.world.truth.heard(record, self.disk)
+            case Record(record):
+                self.world.truth.heard(record, self.disk)
 
     def in_background(self, range_s: "Range", work: Callable[..., None], *args: Any) -> None:
         """Work that ends with the process, and waits while it is stopped."""

@@ -8,11 +8,11 @@ from ckptd.coordinator.decider import Coordinator, Send
 from ckptd.coordinator.recovery import has_all_parity
 from ckptd.coordinator.state import State as Phase
 from ckptd.ids import SnapshotId
-from ckptd.manifest import JobManifest
+from ckptd.manifest import JobManifest, JobRecord
 from ckptd.wire import AgentMessage, Commit, Drop, Grant, Granted, Hello, Holds, Record
 
 from . import transfers
-from .disk import File, State
+from .disk import Disk, File, State
 from .kernel import Violation
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Truth:
         """(job, life) to the round that it was granted to, and the snapshot."""
         self._terms: dict[tuple[str, int], int] = {}
         """(job, life) to the term in which it was granted."""
+        self._heard: list[tuple[JobRecord, Disk]] = []
+        """Which agents were told of which lives, by the memory that they had then."""
         self._owners: dict[tuple[str, int], Run] = {}
         self._paths: dict[tuple[str, int, int], str] = {}
         """(job, life, step) to the course of training until then."""
@@ -166,6 +168,10 @@ class Truth:
             self._went_back(grant)
         self._lives[key], self._terms[key] = answer, grant.record.term
 
+    def heard(self, record: JobRecord, disk: Disk) -> None:
+        """An agent was told of a life, and should have stored that."""
+        self._heard.append((record, disk))
+
     def _is_known(self, grant: Grant) -> bool:
         """Whether anybody is left who had heard of another grant of this life, or of a later one.
 
@@ -173,11 +179,11 @@ class Truth:
         can have anything of it.
         """
         disks = [machine.disk for machine in self._world.machines.values() if machine.alive]
-        found = [disk.records[grant.job] for disk in disks if grant.job in disk.records]
         term = self._terms[grant.job, grant.life]
         return term == grant.record.term or any(
             (record.life, record.term) == (grant.life, term) or record.life > grant.life
-            for record in found
+            for record, where in self._heard
+            if record.job == grant.job and any(disk is where for disk in disks)
         )
 
     def _grants(self, office: "CoordinatorProcess", grant: Grant) -> None:
