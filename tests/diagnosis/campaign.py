@@ -5,6 +5,7 @@ jobs are run for many simulated hours to count restarts that nobody needed.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -324,6 +325,12 @@ def healthy_hours(hours: float, seed: int) -> tuple[float, int, int, int]:
     return done, int(restarts), int(suspicions), int(slow)
 
 
+def _announced(chosen: list[Case]) -> Iterator[Case]:
+    for number, case in enumerate(chosen, 1):
+        print(f"{number} of {len(chosen)}: {case.name}", file=sys.stderr, flush=True)
+        yield case
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
@@ -335,8 +342,8 @@ def main() -> None:
     began = time.process_time()
     print(f"seed {options.seed}")
     shapes = LARGE_SHAPES if options.large else SHAPES
-    chosen = (c for c in cases(options.seed, options.rounds, shapes) if options.only in c.name)
-    print(score(chosen), flush=True)
+    chosen = [c for c in cases(options.seed, options.rounds, shapes) if options.only in c.name]
+    print(score(_announced(chosen)), flush=True)
     done, restarts, suspicions, slow = healthy_hours(options.hours, options.seed)
     print(
         f"{done:.0f} healthy job-hours: {restarts} restarts, {slow} findings of slowness, "
