@@ -68,6 +68,17 @@ def test_the_same_fault_at_the_same_step_three_times_stops() -> None:
     assert decide(policy, 90000.0, step=800).tripped, "until a person has seen to it"
 
 
+def test_it_is_the_same_fault_though_told_differently_or_a_step_was_not_reported_yet() -> None:
+    policy = Policy(PolicyLimits(isolate=False))
+    stuck = replace(HANG, kind=Kind.COMMUNICATION_HANG)
+    other = replace(HANG, culprit=Culprit(Scope.RANK, (4,), ("n0",)))
+    told = [(HANG, 699), (other, 700), (HANG, 400), (stuck, 700)]
+    at = [3600.0 * (number + 1) for number in range(len(told))]
+    done = [decide(policy, now, step, what).do for now, (what, step) in zip(at, told, strict=True)]
+    assert done == [Do.RESTART] * 4
+    assert "the same fault at step 700 for the 3. time" in decide(policy, 90000.0, 700).reason
+
+
 def test_too_many_restarts_an_hour_stop() -> None:
     policy = Policy(PolicyLimits(restarts_per_hour=3))
     faults = [replace(HANG, culprit=Culprit(Scope.RANK, (r,), (f"n{r}",))) for r in range(4)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from typing import Any
 
@@ -198,7 +199,7 @@ def test_what_stops_again_and_again_at_one_step_is_not_restarted_for_ever(watche
     here = watched(1, "restart")
     here.launch("--every", "150", "--stops-at", "280", ranks=2)
     (event,) = here.wait("restarts to be stopped", lambda: here.events("restarts_stopped"), 200)
-    assert "the same fault at step 279 for the 3. time" in event["text"]
+    assert re.search("the same fault at step 27[89] for the 3. time", event["text"])
     assert len(here.events("restart_ordered")) == 2
     # So it stays, whoever coordinates, until a person says otherwise.
     here.kill("coordinator")

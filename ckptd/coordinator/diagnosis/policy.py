@@ -81,7 +81,7 @@ class Policy:
         if refused:
             return Decision(Do.OBSERVE, refused)
         assert judgement is not None
-        fault = f"{finding.kind.value}: {finding.culprit}"
+        fault = str(finding.culprit)
         self._check_breaker(fault, step, now)
         if self.tripped:
             return Decision(Do.OBSERVE, self.tripped, tripped=True)
@@ -116,7 +116,8 @@ class Policy:
         if self.tripped:
             return
         limits = self.limits
-        same = sum(r.fault == fault and r.step == step for r in self.past)
+        # The last step may not have been reported, and one stop is told as either kind of hang.
+        same = sum(r.fault == fault and abs(r.step - step) <= 1 for r in self.past)
         if same + 1 >= limits.same_step:
             self.tripped = (
                 f"restarts are stopped: the same fault at step {step} for the {same + 1}. time "
