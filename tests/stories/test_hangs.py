@@ -200,7 +200,9 @@ def test_what_stops_again_and_again_at_one_step_is_not_restarted_for_ever(watche
     here.launch("--every", "150", "--stops-at", "280", ranks=2)
     (event,) = here.wait("restarts to be stopped", lambda: here.events("restarts_stopped"), 200)
     assert re.search("the same fault at step 27[89] for the 3. time", event["text"])
-    assert len(here.events("restart_ordered")) == 2
+    # On a busy machine a stop may once be taken for a stuck transfer, which is another fault.
+    named = [one for one in here.incidents() if one["culprit"] == "rank 0 on node n0"]
+    assert [one["decision"] for one in named] == ["restart", "restart", "observe"]
     # So it stays, whoever coordinates, until a person says otherwise.
     here.kill("coordinator")
     here.start_coordinator()
