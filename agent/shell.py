@@ -476,8 +476,7 @@ class Agent:
         path = None if action.serve_only else self._store.path(action.name)
 
         def done(reason: str | None) -> None:
-            failed = None if reason is None else ev.EncodeFailed(id, reason, run.damaged)
-            event = failed or ev.Encoded(id)
+            event = ev.Encoded(id) if reason is None else ev.EncodeFailed(id, reason, run.damaged)
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._handle, event)
 

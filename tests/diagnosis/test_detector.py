@@ -86,26 +86,27 @@ def test_a_source_that_only_tells_of_enqueueing_names_no_slow_rank() -> None:
     assert all(finding.culprit.scope is Scope.JOB for finding in news)
 
 
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> list[Window]:
+    """All that a detector reads off."""
+    read: list[Window] = []
+    add = History.add
+    monkeypatch.setattr(History, "add", lambda self, w: (read.append(w), add(self, w))[1])
+    return read
+
+
 def test_who_sends_seven_times_in_a_window_is_compared_like_who_sends_eight(
-    monkeypatch: pytest.MonkeyPatch,
+    windows: list[Window],
 ) -> None:
     """A window ends after eight operations of data parallelism; a step has one, and one send."""
-    windows: list[Window] = []
-    add = History.add
-    monkeypatch.setattr(History, "add", lambda self, w: (windows.append(w), add(self, w))[1])
     shape = replace(SMALL, pipeline=2, tensor=1, layers=1, buckets=1, noise=0.05)
     assert watch(Job(shape, 7, source="gpu"), 900, poll_steps=0.9) == []
     assert len(windows) > 50
     assert max(float(np.nanmax(window.excess)) for window in windows) < 0.15
 
 
-def test_a_node_that_tells_later_now_and_then_is_no_slower_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_node_that_tells_later_now_and_then_is_no_slower_for_it(windows: list[Window]) -> None:
     """Its operations are in the next window: so there are fewer in one, and more in another."""
-    windows: list[Window] = []
-    add = History.add
-    monkeypatch.setattr(History, "add", lambda self, w: (windows.append(w), add(self, w))[1])
     shape = replace(SMALL, data=2, pipeline=2, tensor=1, microbatches=2, layers=2, buckets=4)
     job = Job(replace(shape, ranks_per_node=1, noise=0.02), 3)
     watcher, held = Detector(), list[Sketch]()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 from typing import Any
 
@@ -199,7 +198,7 @@ def test_what_stops_again_and_again_at_one_step_is_not_restarted_for_ever(watche
     here = watched(1, "restart")
     here.launch("--every", "150", "--stops-at", "280", ranks=2)
     (event,) = here.wait("restarts to be stopped", lambda: here.events("restarts_stopped"), 200)
-    assert re.search("the same fault at step 27[89] for the 3. time", event["text"])
+    assert "the same fault at step 279 for the 3. time" in event["text"]
     # On a busy machine a stop may once be taken for a stuck transfer, which is another fault.
     named = [one for one in here.incidents() if one["culprit"] == "rank 0 on node n0"]
     assert [one["decision"] for one in named] == ["restart", "restart", "observe"]

@@ -105,7 +105,7 @@ class History:
         is_slow[named] |= np.isnan(strength[named])
         slow = np.flatnonzero(is_slow)
         self._slow_ranks = {int(rank) for rank in slow}
-        self._deviations.append(self._usual(window.excess))
+        self._remember(window.excess)
         known = np.nan_to_num(strength, nan=limits.slow_over)
         return {int(rank): float(known[rank]) for rank in slow}, np.nan_to_num(latest), deviation
 
@@ -135,11 +135,13 @@ class History:
         strength: Floats = np.where(far_less, 0.0, excess / needed)
         return strength
 
-    def _usual(self, excess: Floats) -> Floats:
-        """Of ranks that are not slow, how far they are from their peers."""
+    def _remember(self, excess: Floats) -> None:
+        """Deviations of ranks that are not slow tell what is usual."""
         usual = np.abs(excess)
-        usual[[rank for rank in self._slow_ranks if rank < len(usual)]] = np.nan
-        return usual[:: max(1, len(usual) // _RANKS_KEPT)]
+        usual[list(self._slow_ranks)] = np.nan
+        usual = usual[~np.isnan(usual)]
+        stride = max(1, len(usual) // _RANKS_KEPT)
+        self._deviations.append(usual[::stride])
 
     def _judge_transfers(
         self, window: Window
