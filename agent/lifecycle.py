@@ -759,7 +759,8 @@ class Lifecycle:
 
     def _repeat_ask(self, trainer: Trainer) -> None:
         if trainer.ask is not None and trainer.answered:
-            self._report(AskResumeFor(trainer.job, trainer.round, trainer.ask.rejected))
+            ask, term = trainer.ask, self.term.number
+            self._report(AskResumeFor(trainer.job, trainer.round, ask.rejected, term))
 
     def _tell_waiting(self) -> None:
         for trainer in self.trainers.values():

@@ -346,11 +346,15 @@ class RankLeft(Message, frozen=True):
 
 
 class AskResumeFor(Message, frozen=True):
-    """AskResume of rank 0, passed on."""
+    """AskResume of rank 0, passed on.
+
+    `term`: which its agent obeys. What a coordinator of an earlier term answers, it refuses.
+    """
 
     job: JobId
     round: str
     rejected: tuple[SnapshotId, ...]
+    term: Count
 
 
 class SegmentReady(Message, frozen=True):

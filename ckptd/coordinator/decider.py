@@ -396,6 +396,8 @@ class Coordinator:
             self.term = verdict.term
             again = self.journal.begin(self.term)
             self._event(now, "term_begun", "", f"term {self.term} begins", term=self.term)
+            for job in self.jobs.values():
+                job.pending = None  # asked in an earlier term
             for name in self.nodes:
                 self._welcome(name)
             self._replicate(self._replication.said(again) if again else [])
@@ -1600,6 +1602,8 @@ class Coordinator:
     # Resume.
 
     def _ask_resume(self, node: str, ask: AskResumeFor, now: float) -> None:
+        if ask.term != self.term:
+            return  # another coordinator may have answered since; Welcome makes its agent ask again
         job = self._job(ask.job)
         if job.is_older(ask.round):
             reason = f"nothing: this run was started before the one that has life {job.life}"

@@ -190,7 +190,7 @@ class Cluster:
         """Rank 0 asks to resume; returns what its node was granted at once, if anything was."""
         name = self.where(0)
         before = len(self.granted(name))
-        self.say(name, AskResumeFor(JOB, self.round, rejected))
+        self.say(name, AskResumeFor(JOB, self.round, rejected, self.coordinator.term))
         return next(iter(self.granted(name)[before:]), None)
 
     def begin(self, grant: Grant, free_slots: int = 2) -> None:

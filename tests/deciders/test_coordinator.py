@@ -910,11 +910,23 @@ class TestResume:
         assert cluster.ask() is None
         assert "rank 1 of 2" in last_wait(cluster, "a").reason
 
+    def test_what_was_asked_before_the_agent_knew_of_this_term_is_not_answered(self) -> None:
+        """The coordinator before may have answered it since: the run would have two lives."""
+        cluster = Cluster("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.attach("r1", "a", "b")
+        term = cluster.coordinator.term
+        cluster.say("a", AskResumeFor(JOB, "r1", (), term - 1))
+        cluster.pass_time(cluster.settings.lease_s)
+        assert not cluster.granted("a")
+        cluster.say("a", AskResumeFor(JOB, "r1", (), term))
+        assert [grant.life for grant in cluster.granted("a")] == [1]
+
     def test_records_reach_all_nodes_before_any_rank_is_answered(self) -> None:
         cluster = Cluster("a", "b", "s")
         cluster.pass_time(cluster.settings.lease_s)
         cluster.attach("r1", "a", "b")
-        ask = AskResumeFor(JOB, "r1", ())
+        ask = AskResumeFor(JOB, "r1", (), cluster.coordinator.term)
         sends = cluster.coordinator.handle(cluster.nodes["a"].peer, ask, cluster.now)
         kinds = [type(send.message) for send in sends]
         assert kinds == [Record, Record, Record, Grant, Grant]
@@ -1114,7 +1126,7 @@ class TestResume:
             grant = cluster.start("a", "b", round_=round_)
         for name, state in zip("ab", stale, strict=True):
             cluster.say(name, RankReport(state))
-        answers = cluster.say("a", AskResumeFor(JOB, "stopped", ()))
+        answers = cluster.say("a", AskResumeFor(JOB, "stopped", (), cluster.coordinator.term))
         assert [a for a in answers if isinstance(a, ResumeWaits) and a.final]
         job = cluster.coordinator.jobs[JOB]
         assert (job.life, job.round, job.pending) == (grant.life, "r3", None)
@@ -1128,7 +1140,7 @@ class TestResume:
         for rank, name in enumerate("ab"):
             state = msgspec.structs.replace(cluster.state(rank), **stopped)
             cluster.say(name, RankReport(state))
-        cluster.say("a", AskResumeFor(JOB, "stopped", ()))
+        cluster.say("a", AskResumeFor(JOB, "stopped", (), cluster.coordinator.term))
         job, step_s = cluster.coordinator.jobs[JOB], 2 * cluster.settings.lease_s
         for step in (10, 11, 12):
             cluster.pass_time(step_s)
@@ -1153,7 +1165,7 @@ class TestResume:
         stopped = {"round": "stopped", "life": 0, "step": 0, "seen_step": 0, "free_slots": 0}
         for name, state in (("a", rank), ("b", cluster.state(1))):
             cluster.say(name, RankReport(msgspec.structs.replace(state, **stopped)))
-        cluster.say("a", AskResumeFor(JOB, "stopped", ()))
+        cluster.say("a", AskResumeFor(JOB, "stopped", (), cluster.coordinator.term))
         cluster.pass_time(0.9 * cluster.settings.lease_s)
         job = cluster.coordinator.jobs[JOB]
         assert (job.life, job.round) == (1, "r1")
@@ -1369,7 +1381,7 @@ class TestARestartedCoordinator:
             if step == 1:
                 for rank, name in enumerate("ab"):
                     cluster.say(name, RankReport(RankState(JOB, "r0", 0, rank, 2, 1, 0, 0, 0)))
-                cluster.say("a", AskResumeFor(JOB, "r0", ()))
+                cluster.say("a", AskResumeFor(JOB, "r0", (), cluster.coordinator.term))
         assert len(cluster.granted("a")) == before
         assert "life 1, whose ranks are all there" in last_wait(cluster, "a").reason
         cluster.pass_time(cluster.settings.lease_s)
@@ -1383,7 +1395,7 @@ class TestARestartedCoordinator:
         cluster.pass_time(lease_s)
         for rank, name in enumerate("ab"):
             cluster.say(name, RankReport(RankState(JOB, "r0", 0, rank, 2, 1, 0, 0, 0)))
-        cluster.say("a", AskResumeFor(JOB, "r0", ()))
+        cluster.say("a", AskResumeFor(JOB, "r0", (), cluster.coordinator.term))
         for step in (1, 2, 3):
             cluster.update(0, step=step)
             cluster.pass_time(0.5)

@@ -798,7 +798,7 @@ class TestComingBack:
         node.attach(1)
         node.say(1, AskResume())
         done = node.order(Welcome(0.5, CELL_BYTES))
-        assert reports(done, AskResumeFor) == [AskResumeFor(JOB, "r1", ())]
+        assert reports(done, AskResumeFor) == [AskResumeFor(JOB, "r1", (), 0)]
         node.grant()
         assert not reports(node.order(Welcome(0.5, CELL_BYTES)), AskResumeFor)
 

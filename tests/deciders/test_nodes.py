@@ -314,7 +314,7 @@ class TestJobsSideBySide:
         ]
         for name, state in zip(names, ranks, strict=True):
             cluster.say(name, RankReport(state))
-        cluster.say(names[0], AskResumeFor(job, ranks[0].round, ()))
+        cluster.say(names[0], AskResumeFor(job, ranks[0].round, (), cluster.coordinator.term))
         cluster.say(names[0], LifeResumed(job, 1, 0))
         for name, state in zip(names, ranks, strict=True):
             cluster.say(name, RankReport(msgspec.structs.replace(state, life=1, free_slots=1)))

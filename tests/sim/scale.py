@@ -227,7 +227,7 @@ class Cluster:
 
     def _begin_life(self, step: int) -> None:
         self.round = f"r{self.nodes[0].ranks[0].life + 1}"
-        self.said.append((self.nodes[0].peer, AskResumeFor(JOB, self.round, ())))
+        self.said.append((self.nodes[0].peer, AskResumeFor(JOB, self.round, (), 1)))
         order = self._random.sample(self.nodes, len(self.nodes))
         for node in order:
             node.attach()
