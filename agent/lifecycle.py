@@ -956,7 +956,8 @@ class Lifecycle:
 
         Slots of dead trainers that still hold snapshots are claimed once these are retired. Where
         ranks have moved, a node may hold more segments of a snapshot than it has ranks; as long as
-        it is kept they are in the way of its successors, and are not counted if `beside_moved`.
+        it is kept they are in the way of its successors, and are not counted if `beside_moved`; of
+        what one snapshot will leave, no rank counts more than its share then.
         """
         left_by_id = Counter(
             s.id
@@ -966,19 +967,20 @@ class Lifecycle:
             and s.use is not Use.FREE
             and (s.job, s.size_bytes) == (trainer.job, trainer.segment_bytes)
         )
-        left = left_by_id.total()
+        left = share = left_by_id.total()
         if beside_moved:
             ranks = sum(
                 (t.job, t.life) == (trainer.job, trainer.life) for t in self.trainers.values()
             )
             left = sum(min(ranks, count) for count in left_by_id.values())
+            share = len(left_by_id)
         owed = sum(
             max(0, other.slots - len(self._owned(other)))
             for other in self.trainers.values()
             if other is not trainer
             and (other.job, other.segment_bytes) == (trainer.job, trainer.segment_bytes)
         )
-        return trainer.slots - len(self._owned(trainer)) - max(0, left - owed)
+        return trainer.slots - len(self._owned(trainer)) - min(share, max(0, left - owed))
 
     def _parity_reserve(self, job: str) -> int:
         """Bytes that all generations of parity will need beyond those that are there."""

@@ -986,6 +986,9 @@ class Coordinator:
         sure_at = snapshot.unprotected_at + self.settings.beat_s
         heard = {name for name, node in self.nodes.items() if node.last_seen >= sure_at}
         if better is not None:
+            newer = job.snapshots[better]
+            if newer.id > snapshot.id and snapshot.id in keeping.kept(job, newer, None, self.nodes):
+                return  # one of those that the job keeps beside the newer one
             needless = snapshot.id.life == job.life and self._waits_for_room(job, snapshot.id)
             if better > snapshot.id or needless:
                 self._end(job, snapshot, State.DROPPED, reason, now)

@@ -190,6 +190,23 @@ class TestKeep:
         assert {older, newest} <= set(cluster.coordinator.jobs[JOB].snapshots)
         assert not any(newest in (drop.id,) for drop in cluster.told("a", Drop))  # type: ignore[attr-defined]
 
+    def test_one_of_those_that_are_kept_stays_though_a_segment_of_it_is_lost(self) -> None:
+        """A newer one is protected, and the oldest goes, as these two are as many as are kept."""
+        cluster, (oldest, older) = training(2, snapshots=2)
+        newest = cluster.tickets("a")[-1]
+        cluster.seal_all(newest)
+        held = cluster.nodes["c"].holdings[older]
+        cluster.nodes["c"].holdings[older] = msgspec.structs.replace(held, extents=())
+        cluster.restart_coordinator()
+        cluster.pass_time(cluster.settings.lease_s)
+        for name in NODES:
+            cluster.encode(name, newest)
+        cluster.pass_time(2)
+        known = cluster.coordinator.jobs[JOB].snapshots
+        assert known[newest].state is State.PROTECTED
+        assert oldest not in known
+        assert older in known
+
     def test_a_new_coordinator_keeps_what_was_protected_though_a_place_was_given_away(self) -> None:
         """The node that had it is back when its heir has the parity of the newest alone."""
         cluster, (older, newest) = training(2, snapshots=2)

@@ -1,5 +1,6 @@
 """Stories told to the agent's decider: what it does with slots, trainers and snapshots."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -1178,6 +1179,20 @@ class TestHowMuchMemory:
         node.say(1, OpenLayout(2, SIZE_BYTES))
         own = [slot for slot in node.lifecycle.slots.values() if slot.owner == 1]
         assert len(own) == 3
+
+    def test_ranks_of_a_node_count_the_same_of_what_a_snapshot_will_leave(self) -> None:
+        """Else one of them would have no slot for a second snapshot that is kept beside it."""
+        id = snapshot(1, 5)
+        found = tuple((f"{JOB}/old-{r}.safetensors", sidecar_of(id, r)) for r in (0, 1))
+        node = Node(ev.Adopted(found, (), (manifest_of(id),), (record_of(1),)))
+        for rank in (0, 1):
+            node.attach(1 + rank, rank, keep=2, round_="r2")
+        node.grant(2, id, round_="r2")
+        for conn in (1, 2):
+            node.say(conn, OpenLayout(2, SIZE_BYTES))
+        assert Counter(node.slots().values()) == {Use.SEALED: 2, Use.FREE: 4}
+        for conn in (1, 2):
+            assert sum(slot.owner == conn for slot in node.lifecycle.slots.values()) == 2
 
     def test_a_node_that_the_job_has_left_gives_back_what_no_snapshot_needs(self) -> None:
         node = Node()
