@@ -4,13 +4,11 @@
 `ckptd.agent.events`). Times are monotonic seconds.
 """
 
-import enum
 import itertools
-from collections import Counter
-from dataclasses import dataclass, field
-from math import ceil
 
 from ckptd.agent import events as ev
+from ckptd.agent.room import Room
+from ckptd.agent.state import Identity, Slot, Trainer, Use
 from ckptd.errors import InternalError
 from ckptd.ids import SnapshotId
 from ckptd.journal import Journal
@@ -74,7 +72,6 @@ from ckptd.wire import (
     SaveAll,
     Sealed,
     SegmentReady,
-    Share,
     SnapshotFailed,
     Source,
     TakeSnapshot,
@@ -96,113 +93,6 @@ _WAITS_KEPT = 64
 _NO_LIFE = 0  # for which a segment is fetched that no trainer has asked for
 
 
-class Use(enum.Enum):
-    """What a slot file is being used for."""
-
-    ALLOCATING = "allocating"
-    FREE = "free"
-    CAPTURING = "capturing"
-    REVOKED = "revoked"
-    """Its ticket is void, but the trainer may still be writing."""
-    CHECKING = "checking"
-    SEALED = "sealed"
-    FETCHING = "fetching"
-    ENCODING = "encoding"
-    PARITY = "parity"
-    RELEASING = "releasing"
-
-
-USES: dict[Use, frozenset[Use]] = {
-    Use.ALLOCATING: frozenset({Use.FREE}),
-    Use.FREE: frozenset({Use.CAPTURING, Use.FETCHING, Use.ENCODING}),
-    Use.CAPTURING: frozenset({Use.CHECKING, Use.REVOKED, Use.RELEASING}),
-    Use.REVOKED: frozenset({Use.RELEASING}),
-    Use.CHECKING: frozenset({Use.SEALED, Use.RELEASING}),
-    Use.SEALED: frozenset({Use.RELEASING}),
-    Use.FETCHING: frozenset({Use.SEALED, Use.RELEASING}),
-    Use.ENCODING: frozenset({Use.PARITY, Use.RELEASING}),
-    Use.PARITY: frozenset({Use.RELEASING}),
-    Use.RELEASING: frozenset({Use.FREE}),
-}
-
-
-@dataclass
-class Slot:
-    """One preallocated file: a segment's, or one generation of parity."""
-
-    name: str
-    job: str
-    size_bytes: int
-    use: Use
-    parity: bool = False
-    owner: int | None = None
-    """Connection of the trainer that may write to it."""
-    id: SnapshotId | None = None
-    rank: int = -1
-    place: tuple[int, int] | None = None
-    """(group, member) for which parity is made."""
-    doomed: bool = False
-    """Release it as soon as what is under way with it has ended."""
-    guest: bool = False
-    """It was made for the segment of a lost node, and not for a trainer here."""
-    broken: bool = False
-    """Its file may be missing or cut short: delete it when it has been released."""
-
-    def move(self, use: Use) -> None:
-        if use not in USES[self.use]:
-            raise InternalError(f"{self.name} cannot go from {self.use.value} to {use.value}")
-        self.use = use
-
-
-@dataclass
-class Trainer:
-    """One connected trainer process."""
-
-    conn: int
-    job: str
-    round: str
-    rank: int
-    world_size: int
-    every: int
-    slots: int
-    keep: int
-    elastic: bool
-    life: int = 0
-    answered: bool = False
-    step: int = 0
-    seen_step: int = 0
-    segment_bytes: int = 0
-    shares: tuple[Share, ...] = ()
-    opening: bool = False
-    reported_at: float = float("-inf")
-    ask: AskResume | None = None
-    waits: list[Restore | OpenLayout | Resumed] = field(default_factory=list)
-    """Requests of a life whose grant has not arrived here yet."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who this agent is."""
-
-    node: str
-    incarnation: str
-    memory_token: str
-    address: str
-    cells: str
-    domain: str
-    spare: bool
-    codec: str
-    engine: str
-    """What computes the codec here."""
-    engine_reason: str
-    """Why no better engine does; "" if there is none."""
-    memory_dir: str
-    memory_limit_bytes: int
-    coordinator: str
-    spare_memory_bytes: int | None = None
-    """How much of the limit may hold other nodes' segments; None: all that is free."""
-
-
 class Lifecycle:
     """Slots, trainers and snapshots of one node."""
 
@@ -213,6 +103,7 @@ class Lifecycle:
         self.beat_s = 0.5
         self.slots: dict[str, Slot] = {}
         self.trainers: dict[int, Trainer] = {}
+        self._room = Room(self.slots, self.trainers)
         self.launchers: dict[int, str] = {}
         self.manifests: dict[SnapshotId, JobManifest] = {m.id: m for m in adopted.manifests}
         self._manifest_before: JobManifest | None = None
@@ -893,17 +784,19 @@ class Lifecycle:
         trainer.segment_bytes, trainer.shares = message.size_bytes, message.shares
         trainer.opening = True
         self._claim(trainer)
-        new = self._slots_to_add(trainer)
-        needed = new * message.size_bytes + self._parity_reserve(trainer.job)
+        new = self._room.slots_to_add(trainer)
+        grant = self.grants.get(trainer.job)
+        reserve = self._room.parity_reserve(trainer.job, grant, self.cell_bytes)
+        needed = new * message.size_bytes + reserve
         limit = self.identity.memory_limit_bytes
         self._make_room(needed)
-        if self.used_bytes + needed > limit and self._slots_lacking(trainer, False) <= 0 < new:
+        if self.used_bytes + needed > limit and self._room.slots_lacking(trainer, False) <= 0 < new:
             # All its slots hold snapshots. Tickets come when the first of them is retired.
             needed -= new * message.size_bytes
             new = 0
-        refusal = self._over_quota(trainer)
+        refusal = self._room.over_quota(trainer, grant, self.cell_bytes, self.identity.node)
         if not refusal and self.used_bytes + needed > limit:
-            generations = self._keep_of(trainer.job) + 1
+            generations = self._room.generations(trainer.job)
             what = (
                 f"for {new} slots of {message.size_bytes} bytes and {generations} generations of "
                 "parity"
@@ -935,96 +828,12 @@ class Lifecycle:
             elif (
                 slot.owner is None
                 and slot.size_bytes == trainer.segment_bytes
-                and len(self._owned(trainer)) < trainer.slots
+                and len(self._room.owned(trainer)) < trainer.slots
             ):
                 slot.owner = trainer.conn
 
-    def _owned(self, trainer: Trainer) -> list[Slot]:
-        return [
-            slot
-            for slot in self.slots.values()
-            if slot.owner == trainer.conn and slot.size_bytes == trainer.segment_bytes
-        ]
-
-    def _slots_to_add(self, trainer: Trainer) -> int:
-        owned = self._owned(trainer)
-        usable = [s for s in owned if s.use in (Use.FREE, Use.ALLOCATING, Use.RELEASING)]
-        return max(self._slots_lacking(trainer), 0 if usable else 1)
-
-    def _slots_lacking(self, trainer: Trainer, beside_moved: bool = True) -> int:
-        """Slots that it has to get, beside its own and those that snapshots will leave to it.
-
-        Slots of dead trainers that still hold snapshots are claimed once these are retired. Where
-        ranks have moved, a node may hold more segments of a snapshot than it has ranks; as long as
-        it is kept they are in the way of its successors, and are not counted if `beside_moved`; of
-        what one snapshot will leave, no rank counts more than its share then.
-        """
-        left_by_id = Counter(
-            s.id
-            for s in self.slots.values()
-            if not s.parity
-            and s.owner is None
-            and s.use is not Use.FREE
-            and (s.job, s.size_bytes) == (trainer.job, trainer.segment_bytes)
-        )
-        left = share = left_by_id.total()
-        if beside_moved:
-            ranks = sum(
-                (t.job, t.life) == (trainer.job, trainer.life) for t in self.trainers.values()
-            )
-            left = sum(min(ranks, count) for count in left_by_id.values())
-            share = len(left_by_id)
-        owed = sum(
-            max(0, other.slots - len(self._owned(other)))
-            for other in self.trainers.values()
-            if other is not trainer
-            and (other.job, other.segment_bytes) == (trainer.job, trainer.segment_bytes)
-        )
-        return trainer.slots - len(self._owned(trainer)) - min(share, max(0, left - owed))
-
-    def _parity_reserve(self, job: str) -> int:
-        """Bytes that all generations of parity will need beyond those that are there."""
-        there = sum(s.size_bytes for s in self.slots.values() if s.parity and s.job == job)
-        return max(0, (self._keep_of(job) + 1) * self._parity_bytes(job) - there)
-
-    def _parity_bytes(self, job: str) -> int:
-        """What one generation of parity takes, as far as layouts are open."""
-        grant = self.grants.get(job)
-        fraction = grant.parity_fraction if grant is not None else 0.0
-        image = sum(t.segment_bytes for t in self.trainers.values() if t.job == job)
-        return ceil(image / self.cell_bytes * fraction) * self.cell_bytes if self.cell_bytes else 0
-
-    def _keep_of(self, job: str) -> int:
-        return max((t.keep for t in self.trainers.values() if t.job == job), default=1)
-
-    def _over_quota(self, trainer: Trainer) -> str:
-        """Why the job may not have what its layouts come to on this node; "" if it may.
-
-        What a restore needs besides, for a while, does not count: it must not be refused.
-        """
-        job, grant = trainer.job, self.grants.get(trainer.job)
-        if grant is None or grant.quota_bytes is None:
-            return ""
-        slots = [
-            (t.slots, t.segment_bytes)
-            for t in self.trainers.values()
-            if (t.job, t.life) == (job, trainer.life) and t.segment_bytes
-        ]
-        in_slots = sum(number * size_bytes for number, size_bytes in slots)
-        generations, each = self._keep_of(job) + 1, self._parity_bytes(job)
-        needed = in_slots + generations * each
-        if needed <= grant.quota_bytes:
-            return ""
-        fewer = "keep fewer snapshots (Checkpointer(keep=...)), or " if generations > 2 else ""
-        return (
-            f"the job {job!r} needs {needed} bytes on node {self.identity.node}: {in_slots} in "
-            f"{sum(number for number, _ in slots)} slots and {generations} generations of parity "
-            f"of {each} bytes; its quota is {grant.quota_bytes}; {fewer}raise it with `ckptd "
-            f"quota {job} {needed}`, or that of all jobs with `ckptd coordinator --job-quota`"
-        )
-
     def _layout_ready(self, trainer: Trainer, now: float) -> None:
-        if trainer.opening and all(s.use is not Use.ALLOCATING for s in self._owned(trainer)):
+        if trainer.opening and all(s.use is not Use.ALLOCATING for s in self._room.owned(trainer)):
             trainer.opening = False
             paths = tuple(self._path(slot.name) for slot in self._free_slots(trainer))
             self._tell(trainer.conn, LayoutOpened(trainer.segment_bytes, paths))
@@ -1156,7 +965,7 @@ class Lifecycle:
                     self._claim(trainer)
         trainer_ = self.trainers.get(slot.owner) if slot.owner is not None else None
         if trainer_ is not None:
-            surplus = len(self._owned(trainer_)) - trainer_.slots
+            surplus = len(self._room.owned(trainer_)) - trainer_.slots
             if surplus > 0 or slot.size_bytes != trainer_.segment_bytes:
                 self._delete(slot)
             self._report_rank(trainer_, now)
@@ -1256,7 +1065,7 @@ class Lifecycle:
     # Small helpers.
 
     def _free_slots(self, trainer: Trainer) -> list[Slot]:
-        return [s for s in self._owned(trainer) if s.use is Use.FREE]
+        return [s for s in self._room.owned(trainer) if s.use is Use.FREE]
 
     def _rank_state(self, trainer: Trainer) -> RankState:
         return RankState(

@@ -27,11 +27,12 @@ from ckptd.agent.cells import CellServer, Peers
 from ckptd.agent.config import AgentConfig
 from ckptd.agent.decode import CellDecoder, DecodeService, source_when_protected
 from ckptd.agent.fetch import SegmentFetch
-from ckptd.agent.lifecycle import Identity, Lifecycle, Use
+from ckptd.agent.lifecycle import Lifecycle
 from ckptd.agent.protect import EncodeRun
 from ckptd.agent.reader import CellReader
 from ckptd.agent.reports import Reports
 from ckptd.agent.scrub import Scrubber, ScrubStats
+from ckptd.agent.state import Identity, Use
 from ckptd.agent.store import Store
 from ckptd.config import ENV_ERASURE_ENGINE, erasure_engine
 from ckptd.control import client_socket

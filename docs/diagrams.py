@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckptd.agent.lifecycle import USES
+from ckptd.agent.state import USES
 from ckptd.coordinator.state import TRANSITIONS
 
 ARCHITECTURE = Path(__file__).parent.parent / "ARCHITECTURE.md"

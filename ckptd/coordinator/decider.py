@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
-from ckptd.coordinator import again, choice, keeping, orders, recovery, spare
+from ckptd.coordinator import again, choice, keeping, orders, recovery, spare, worth
 from ckptd.coordinator.claim import Claim, Stop, judge
 from ckptd.coordinator.diagnosis.finding import Culprit, Scope
 from ckptd.coordinator.diagnosis.shared import (
@@ -974,26 +974,27 @@ class Coordinator:
         verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
         nodes = choice.expected_nodes(job) | choice.origins_of(snapshot.manifest)
         wanted = snapshot.id == self.rollback_of(job)
-        better = None if wanted else self._better(job, snapshot)
+        chain = self._chain(job, snapshot.id)
+        better = None if wanted else worth.better(job, snapshot, chain, self.live_holdings)
         if (
             better is not None
             and better < snapshot.id
-            and self._may_stay(job, snapshot, verdict, holdings)
+            and worth.may_stay(job, snapshot, verdict, holdings, self.rollback_of(job))
         ):
             return  # it is kept beside the older one
         # A node that has just died may be why it failed, and is still thought to hold its part; and
         # the report of parity that makes up for what is lost may be on its way.
         sure_at = snapshot.unprotected_at + self.settings.beat_s
         heard = {name for name, node in self.nodes.items() if node.last_seen >= sure_at}
+        no_room = worth.waits_for_room(job, snapshot.id, self.live_holdings)
         if better is not None:
             newer = job.snapshots[better]
             if newer.id > snapshot.id and snapshot.id in keeping.kept(job, newer, None, self.nodes):
                 return  # one of those that the job keeps beside the newer one
-            needless = snapshot.id.life == job.life and self._waits_for_room(job, snapshot.id)
-            if better > snapshot.id or needless:
+            if better > snapshot.id or (no_room and snapshot.id.life == job.life):
                 self._end(job, snapshot, State.DROPPED, reason, now)
         elif verdict.restorable:
-            if holdings.keys() <= heard and self._waits_for_room(job, snapshot.id):
+            if no_room and holdings.keys() <= heard:
                 snapshot.reason = f"not protected: {reason}"
                 self._commit(job, snapshot, now)
         elif all(name in heard and self.nodes[name].live for name in nodes) and not any(
@@ -1001,76 +1002,6 @@ class Coordinator:
         ):
             # Lost, not dropped: the job has had a snapshot, and must not start from nothing.
             self._end(job, snapshot, State.LOST, f"{reason}; {verdict.reason}", now)
-
-    def _waits_for_room(self, job: Job, id: SnapshotId) -> bool:
-        """Whether the life that runs gets nothing newer than `id` unless it has more free slots."""
-        here = [held.state for (round_, _), held in job.attachments.items() if round_ == job.round]
-        if not self._runs(job) or all(state.free_slots for state in here):
-            return False
-        return not any(
-            other.id > id
-            and other.id.life == job.life
-            and other.state in (State.TICKETED, State.CAPTURING, State.SEALED)
-            and not other.unprotected
-            and other.lost_at is None
-            for other in job.snapshots.values()
-        )
-
-    def _may_stay(
-        self,
-        job: Job,
-        snapshot: Snapshot,
-        verdict: recovery.Verdict,
-        holdings: recovery.Holdings,
-    ) -> bool:
-        """Whether it is kept beside an older one that survives more losses.
-
-        If it was protected; or if it may have been, for all that a coordinator knows that was not
-        there then, as long as there are slots for new ones. What somebody wants to go back to does
-        not count: it stays in any case.
-        """
-        if recovery.was_protected(holdings):
-            return job.keep > 1
-        wanted, whole = self.rollback_of(job), (State.SEALED, State.PROTECTED)
-        older = sum(
-            id < snapshot.id and id != wanted and other.state in whole
-            for id, other in job.snapshots.items()
-        )
-        return snapshot.learned and verdict.restorable and older < job.keep
-
-    def _better(self, job: Job, snapshot: Snapshot) -> SnapshotId | None:
-        """One that survives more losses, and is newer, or was to be replaced by this one.
-
-        One that was protected is better than one that never was, even if it has since lost so much
-        that it surely survives no more: what is known of the other is only that it was sealed. Nor
-        is an older one better than one that was protected, and had replaced it then.
-        And one that is damaged survives less than is counted, which is what was reported before.
-        """
-        ancestors = self._chain(job, snapshot.id)
-        mine = self.live_holdings(snapshot.id)
-        margin = 0 if snapshot.damaged else recovery.margin(snapshot.manifest, mine)
-        proven = recovery.was_protected(mine)
-        whole = recovery.judge(snapshot.manifest, snapshot.world_size, mine).restorable
-        replaces = proven and whole and not snapshot.damaged
-        for id in sorted(job.snapshots, reverse=True):
-            other, holdings = job.snapshots[id], self.live_holdings(id)
-            older = is_ancestor(id, snapshot.id, ancestors) and not replaces
-            if not (id > snapshot.id or older) or job.has_given_up(id):
-                continue
-            its = recovery.margin(other.manifest, holdings)
-            if its > margin:
-                return id
-            protected = other.state is State.PROTECTED or recovery.was_protected(holdings)
-            damaged = snapshot.damaged and id < snapshot.id  # a newer one may be damaged, too
-            as_safe = its == margin and (damaged or (protected and not proven))
-            if as_safe and recovery.judge(other.manifest, other.world_size, holdings).restorable:
-                return id
-        return None
-
-    def _runs(self, job: Job) -> bool:
-        """Whether all ranks of the life are there."""
-        states = [h.state for (r, _), h in job.attachments.items() if r == job.round]
-        return sum(state.life == job.life for state in states) == job.world_size > 0
 
     def _holds(self, node: str, holding: Holding, now: float, is_back: bool = False) -> None:
         """Take in what a node holds; `is_back`: as it says Hello.
@@ -1546,7 +1477,7 @@ class Coordinator:
             snapshot.id.life == job.life and not keeping.is_safe(snapshot, self.nodes)
             for snapshot in job.snapshots.values()
         )
-        if busy or not self._runs(job) or all(s.free_slots for s in states):
+        if busy or not job.runs or all(s.free_slots for s in states):
             job.full_since = None
             return
         step = min(state.step for state in states)

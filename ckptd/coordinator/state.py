@@ -228,6 +228,14 @@ class Job:
         """How many protected snapshots are kept."""
         return self.record.keep if self.record is not None else 1
 
+    @property
+    def runs(self) -> bool:
+        """Whether all ranks of the life are there."""
+        states = [
+            held.state for (round_, _), held in self.attachments.items() if round_ == self.round
+        ]
+        return sum(state.life == self.life for state in states) == self.world_size > 0
+
     def has_given_up(self, id: SnapshotId) -> bool:
         """Whether a rollback went back past `id`."""
         return self.record is not None and self.record.has_given_up(id)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from ckptd.agent import events as ev
-from ckptd.agent.lifecycle import Use
+from ckptd.agent.state import Use
 from ckptd.coordinator import again
 from ckptd.coordinator.state import State
 from ckptd.coordinator.view import status

@@ -9,7 +9,8 @@ import pytest
 from msgspec import structs
 
 from ckptd.agent import events as ev
-from ckptd.agent.lifecycle import USES, Identity, Lifecycle, Use
+from ckptd.agent.lifecycle import Lifecycle
+from ckptd.agent.state import USES, Identity, Use
 from ckptd.ids import SnapshotId
 from ckptd.manifest import Ancestor, Extent, Group, JobManifest, JobRecord, Member
 from ckptd.segment import ParitySidecar, Sidecar

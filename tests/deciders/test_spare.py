@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from ckptd.agent import events as ev
-from ckptd.agent.lifecycle import Use
+from ckptd.agent.state import Use
 from ckptd.coordinator import spare
 from ckptd.coordinator.decider import Settings
 from ckptd.coordinator.view import status

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from ckptd.agent import events as ev
-from ckptd.agent.lifecycle import Identity, Lifecycle
+from ckptd.agent.lifecycle import Lifecycle
+from ckptd.agent.state import Identity
 from ckptd.coordinator.claim import Claim, Raise, Stop, judge
 from ckptd.coordinator.decider import Coordinator, Send, Settings
 from ckptd.coordinator.view import status

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ckptd.agent import events as ev
-from ckptd.agent.lifecycle import Identity, Lifecycle
+from ckptd.agent.lifecycle import Lifecycle
+from ckptd.agent.state import Identity
 from ckptd.coordinator import keeping, recovery
 from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send, Settings

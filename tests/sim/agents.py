@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ckptd.agent import events as ev
-from ckptd.agent.lifecycle import Identity, Lifecycle
+from ckptd.agent.lifecycle import Lifecycle
+from ckptd.agent.state import Identity
 from ckptd.ids import SnapshotId
 from ckptd.wire import Grant, Record
 

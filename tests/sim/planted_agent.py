@@ -5,7 +5,8 @@ from typing import Any
 import msgspec
 
 from ckptd.agent import events as ev
-from ckptd.agent.lifecycle import Lifecycle, Slot, Use
+from ckptd.agent.lifecycle import Lifecycle
+from ckptd.agent.state import Slot, Use
 from ckptd.ids import SnapshotId
 from ckptd.manifest import JobRecord
 from ckptd.terms import Term

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ckptd.agent.lifecycle import Use
+from ckptd.agent.state import Use
 from ckptd.coordinator.choice import live_holdings
 from ckptd.coordinator.decider import Coordinator, Send
 from ckptd.coordinator.recovery import has_all_parity
