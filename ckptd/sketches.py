@@ -6,11 +6,12 @@ few operations: the same few on every node, chosen by sequence number alone, so 
 compared over ranks without anybody agreeing on anything.
 """
 
+import struct
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isnan, nan
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -54,18 +55,33 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     """Its operations are those of other parts, with how long they took."""
 
 
-class Samples(msgspec.Struct, frozen=True, array_like=True):
-    """Times of single operations, as columns."""
+class Sample(NamedTuple):
+    """Times of one operation. Packed it has `SAMPLE_BYTES`, little-endian, in this order."""
 
-    slots: tuple[Count, ...] = ()
-    """Index into the sketch's slots: its parts' ranks, one after another."""
-    seqs: tuple[Seq, ...] = ()
-    kinds: tuple[Count, ...] = ()
-    """Index into the sketch's kinds."""
-    entered_s: tuple[float, ...] = ()
-    """When it was entered, before the sketch's own time: an age."""
-    durations_s: tuple[float, ...] = ()
-    """NaN where the source has none."""
+    slot: int
+    """Index into the sketch's slots: its parts' ranks, one after another. 32 bits, unsigned."""
+    kind: int
+    """Index into the sketch's kinds. 32 bits, unsigned."""
+    seq: int
+    """64 bits."""
+    entered_s: float
+    """When it was entered, before the sketch's own time: an age. 64 bits."""
+    duration_s: float
+    """NaN where the source has none. 64 bits."""
+
+
+_SAMPLE = struct.Struct("<IIqdd")
+SAMPLE_BYTES = _SAMPLE.size
+
+
+def pack(samples: Iterable[Sample]) -> bytes:
+    """As they are in a sketch: the reader takes in those of all nodes at once."""
+    return b"".join(_SAMPLE.pack(*each) for each in samples)
+
+
+def unpack(packed: bytes) -> list[Sample]:
+    """What `pack` was given."""
+    return list(map(Sample._make, _SAMPLE.iter_unpack(packed)))
 
 
 class Sketch(msgspec.Struct, frozen=True, array_like=True):
@@ -88,7 +104,8 @@ class Sketch(msgspec.Struct, frozen=True, array_like=True):
     """Seconds spent in operations that wait for all, since this agent's start; NaN: not known.
     Where the source has no durations it is the lateness of the others, for groups that are wholly
     on this node. Only differences within a group, over time, mean anything."""
-    samples: Samples = Samples()
+    samples: bytes = b""
+    """Of single operations, packed."""
     kinds: tuple[tuple[str, Count], ...] = ()
     """Operation and size class."""
     resolution_s: float = 0.0
@@ -245,7 +262,7 @@ class Aggregator:
             self._layout += 1
         parts = tuple(self._parts.values())
         kinds: dict[tuple[str, int], int] = {}
-        rows: list[tuple[int, int, int, float, float]] = []
+        samples: list[Sample] = []
         tracks = [self._tracks[part.group, rank] for part in parts for rank in part.ranks]
         for slot, track in enumerate(tracks):
             chosen = set(sample((r.seq for r in track.done), SAMPLES_PER_SKETCH))
@@ -254,11 +271,9 @@ class Aggregator:
                     kind = (plain_op(record.op), size_class(record.size_bytes))
                     number = kinds.setdefault(kind, len(kinds))
                     duration_s = nan if record.duration_s is None else record.duration_s
-                    rows.append((slot, record.seq, number, at - record.entered_at, duration_s))
+                    age_s = at - record.entered_at
+                    samples.append(Sample(slot, number, record.seq, age_s, duration_s))
             track.done.clear()
-        slots, seqs, numbers, ages, durations = (
-            tuple(zip(*rows, strict=True)) if rows else ((),) * 5
-        )
         open_kinds = tuple(self._open_kind(track, kinds) for track in tracks)
         signs = [self._signs.get(rank, _Signs()) for rank in ranks_of(parts)]
         made = Sketch(
@@ -271,7 +286,7 @@ class Aggregator:
             ended=tuple(track.ended for track in tracks),
             waiting_s=tuple(_oldest_s(track, at) for track in tracks),
             waited_s=tuple(track.waited_s for track in tracks),
-            samples=Samples(slots, seqs, numbers, ages, durations),
+            samples=pack(samples),
             kinds=tuple(kinds),
             resolution_s=self._resolution_s,
             unknown=self._unknown,

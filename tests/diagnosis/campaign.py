@@ -27,7 +27,7 @@ REPLICAS = Shape(data=32, pipeline=1, tensor=1, microbatches=1, layers=2)
 TENSOR = Shape(data=8, pipeline=1, tensor=8, microbatches=2)
 PIPELINE = Shape(data=4, pipeline=4, tensor=8, microbatches=4)
 EXPERTS = Shape(data=16, pipeline=2, tensor=4, expert=4)
-LARGE = Shape(data=32, pipeline=8, tensor=8, microbatches=4, layers=1)
+LARGE = Shape(data=32, pipeline=8, tensor=8, microbatches=8, layers=1)
 SHAPES = {"replicas": REPLICAS, "tensor": TENSOR, "pipeline": PIPELINE, "experts": EXPERTS}
 LARGE_SHAPES = {"large": LARGE}
 FAULT_STEP = 130

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptd.collectives import MEETING
-from ckptd.sketches import SAMPLES_PER_SKETCH, Part, Samples, Sketch, pair_name, sample
+from ckptd.sketches import SAMPLES_PER_SKETCH, Part, Sample, Sketch, pack, pair_name, sample
 
 Array = NDArray[Any]
 NEVER = np.inf
@@ -451,21 +451,13 @@ class Job:
     ) -> Sketch:
         slots = self._index[node]
         entered, ended, waiting, waited = (tuple(c[slots].tolist()) for c in columns)
-        chosen: list[Array] = []
         offsets, positions = self._offset[slots], self._position[slots]
-        slot_list, seqs, numbers, ages, durations = [], [], [], [], []
+        samples: list[Sample] = []
         for offset, seq, kind, age, duration in rows:
             local = np.flatnonzero(offsets == offset)
             where = positions[local]
-            slot_list.extend(local.tolist())
-            seqs.extend([seq] * len(local))
-            numbers.extend([kind] * len(local))
-            ages.extend(age[where].tolist())
-            durations.extend(duration[where].tolist())
-        del chosen
-        samples = Samples(
-            tuple(slot_list), tuple(seqs), tuple(numbers), tuple(ages), tuple(durations)
-        )
+            times = zip(local.tolist(), age[where].tolist(), duration[where].tolist(), strict=True)
+            samples.extend(Sample(slot, kind, seq, *each) for slot, *each in times)
         return Sketch(
             job="simulated",
             life=1,
@@ -476,7 +468,7 @@ class Job:
             ended=ended,
             waiting_s=waiting,
             waited_s=waited,
-            samples=samples,
+            samples=pack(samples),
             kinds=kinds,
             resolution_s=1e-4,
             parts=self._parts[node] if first else None,

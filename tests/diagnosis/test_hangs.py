@@ -13,7 +13,7 @@ from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
 from ckptd.coordinator.diagnosis.table import Table
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
 from ckptd.errors import ProtocolError
-from ckptd.sketches import Part, Sketch
+from ckptd.sketches import Part, Sample, Sketch, pack
 
 STOPPED_AT, NOW = 10.0, 20.0
 Group = tuple[str, dict[int, tuple[int, int]]]
@@ -368,12 +368,29 @@ def test_a_sketch_that_does_not_fit_is_asked_for_again() -> None:
         {"gap_s": inf},
         {"open_kinds": (1, 1)},
         {"open_kinds": (2,), "kinds": (("all_reduce", 4),)},
+        {"samples": b"not whole"},
     ],
 )
 def test_columns_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
     parts = (Part("dp", 2, (0,)),)
     sketch = Sketch("job", 1, "n0", 1, 0.0, (1,), (1,), parts=parts, **wrong)
     assert not Table().observe(sketch, 0.0, 0.0, 0.0)
+
+
+def test_samples_that_do_not_fit_are_left_out() -> None:
+    parts, kinds = (Part("dp", 2, (0,)),), (("all_reduce", 4),)
+    good = Sample(0, 0, 3, 0.5, 0.25)
+    wrong = good._replace(seq=2)
+    samples = [wrong._replace(slot=1), wrong._replace(kind=1), wrong._replace(seq=-2), good]
+    sketch = Sketch(
+        "job", 1, "n0", 1, 10.0, (3,), (3,), samples=pack(samples), kinds=kinds, parts=parts
+    )
+    table = Table()
+    assert table.observe(sketch, 0.0, 0.0, 0.0)
+    table.flush()
+    assert sorted(table.row_seq[: table.used].ravel())[-2:] == [-1, 3]
+    assert table.row_entered[0, 3] == 9.5
+    assert table.row_duration[0, 3] == 0.25
 
 
 def test_a_group_with_too_many_ranks_is_refused() -> None:

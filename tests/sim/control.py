@@ -12,7 +12,17 @@ from ckptd.agent import events as ev
 from ckptd.coordinator.claim import Claim
 from ckptd.coordinator.decider import Coordinator, Send
 from ckptd.journal import Entry
-from ckptd.wire import AgentMessage, Beat, ClientOrder, Decoder, Hello, Order, Outdated, encode
+from ckptd.wire import (
+    AgentMessage,
+    Beat,
+    ClientOrder,
+    Decoder,
+    Drop,
+    Hello,
+    Order,
+    Outdated,
+    encode,
+)
 
 from .kernel import Violation
 from .offices import Hearsay
@@ -211,7 +221,8 @@ class CoordinatorProcess:
         if sends and self is not self._world.coordinator and self.hearsay.rival:
             self._must_be_silent(decider)
         for send in sends:
-            if self.in_office:
+            # Who has not heard of the later one yet still obeys: what it drops may be gone.
+            if self.in_office or isinstance(send.message, Drop):
                 self._world.truth.coordinator_says(self, send)
             self._tell(">", send.peer.decode(), send.message)
             connection = self.connections.get(send.peer)

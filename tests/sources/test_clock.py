@@ -13,6 +13,7 @@ from ckptd.agent import watcher
 from ckptd.agent.reports import Sketcher
 from ckptd.agent.watcher import Pace, Watcher
 from ckptd.collectives import Collective, GroupInfo
+from ckptd.sketches import unpack
 from ckptd.watching import Introduction, Observed, publish, started_ticks
 
 HOUR_S = 3600.0
@@ -80,7 +81,7 @@ def test_a_rank_was_silent_for_as_long_as_it_was(
     tell(msgspec.structs.replace(hangs, ended=True, duration_s=60.0))
     (sketch,) = sketcher.sketches(now, {run: 2}, ())
     assert (sketch.still_s, sketch.gap_s) == ((0.0,), 60.0)
-    assert sketch.samples.entered_s == (60.0,)
+    assert [sample.entered_s for sample in unpack(sketch.samples)] == [60.0]
 
 
 def test_what_does_not_move_is_still_told() -> None:

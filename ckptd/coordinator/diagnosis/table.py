@@ -4,7 +4,7 @@ The slots of a group are next to one another, so that questions about all groups
 reductions over ranges (`numpy.ufunc.reduceat`), and 80,000 ranks cost milliseconds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from math import isinf, isnan, nan
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ckptd.collectives import MEETING
 from ckptd.errors import ProtocolError
-from ckptd.sketches import Part, Sketch, ranks_of
+from ckptd.sketches import SAMPLE_BYTES, Part, Sketch, ranks_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,6 +23,13 @@ Bools = NDArray[np.bool_]
 ROWS = 24
 """Sampled operations that are kept of each slot: all of a window, where a group has few."""
 RANKS_MAX = 1 << 20
+_SAMPLE = np.dtype(
+    {
+        "names": ["slot", "kind", "seq", "entered_s", "duration_s"],
+        "formats": ["<u4", "<u4", "<i8", "<f8", "<f8"],
+    }
+)
+"""As `ckptd.sketches.pack` has it."""
 _NO_RANK = _NO_KIND = -1
 _NEVER = -np.inf
 
@@ -77,7 +84,7 @@ class Table:
 
     def _allocate(self, capacity: int) -> None:
         def column(old: str, kind: Any, fill: Any, *shape: int) -> Any:
-            made = np.full((capacity, *shape), fill, kind)
+            made = np.full((capacity, *shape), fill, kind, order="F")
             if hasattr(self, old):
                 made[: self.used] = getattr(self, old)[: self.used]
             return made
@@ -150,7 +157,7 @@ class Table:
         self.resolution_s = max(s.resolution_s for s, *_ in batch)
         self.node_error_s[nodes] = np.fromiter(errors, np.float64, len(batch))
         self.unknown += sum(s.unknown for s, *_ in batch)
-        self._take_samples([(s, offset) for s, _, offset, _ in batch if s.samples.slots])
+        self._take_samples([(s, offset) for s, _, offset, _ in batch if s.samples])
 
     def silent_s(self, now: float) -> Floats:
         """For each rank how long it has shown no progress, as far as is known."""
@@ -186,29 +193,25 @@ class Table:
     def _take_samples(self, batch: list[tuple[Sketch, float]]) -> None:
         if not batch:
             return
-        counts = [len(sketch.samples.slots) for sketch, _ in batch]
-        slots = np.concatenate(
-            [
-                self._layouts[s.node][1][np.fromiter(s.samples.slots, np.int64, n)]
-                for (s, _), n in zip(batch, counts, strict=True)
-            ]
+        samples = np.frombuffer(b"".join(s.samples for s, _ in batch), _SAMPLE)
+        sketch = np.repeat(
+            np.arange(len(batch)), [len(s.samples) // SAMPLE_BYTES for s, _ in batch]
         )
-        seqs = _column((s.samples.seqs for s, _ in batch), np.int64)
-        ages = _column((s.samples.entered_s for s, _ in batch), np.float64)
+        layouts = [self._layouts[s.node][1] for s, _ in batch]
+        slots, slots_from, slots_to = _joined(layouts)
+        kinds, kinds_from, kinds_to = _joined([list(map(self._kind, s.kinds)) for s, _ in batch])
+        slot, kind = samples["slot"] + slots_from[sketch], samples["kind"] + kinds_from[sketch]
+        fits = (slot < slots_to[sketch]) & (kind < kinds_to[sketch]) & (samples["seq"] >= 0)
+        samples, sketch = samples[fits], sketch[fits]  # the rest is of no use to anybody
+        slot, seq = slots[slot[fits]], samples["seq"]
+        place = seq % ROWS
+        newer = seq > self.row_seq[slot, place]
+        where = slot[newer], place[newer]
         at = np.fromiter((s.at - offset for s, offset in batch), np.float64, len(batch))
-        kinds = _column((self._kinds_of(s) for s, _ in batch), np.int64)
-        place = seqs % ROWS
-        newer = seqs > self.row_seq[slots, place]
-        slots, place = slots[newer], place[newer]
-        self.row_seq[slots, place] = seqs[newer]
-        self.row_entered[slots, place] = (np.repeat(at, counts) - ages)[newer]
-        durations = _column((s.samples.durations_s for s, _ in batch), np.float64)
-        self.row_duration[slots, place] = durations[newer]
-        self.row_kind[slots, place] = kinds[newer]
-
-    def _kinds_of(self, sketch: Sketch) -> list[int]:
-        known = [self._kind(kind) for kind in sketch.kinds]
-        return [known[kind] for kind in sketch.samples.kinds]
+        self.row_seq[where] = seq[newer]
+        self.row_entered[where] = (at[sketch] - samples["entered_s"])[newer]
+        self.row_duration[where] = samples["duration_s"][newer]
+        self.row_kind[where] = kinds[kind[fits][newer]]
 
     def _open_kinds(self, sketches: list[Sketch], counts: list[int]) -> Ints:
         """The kinds of all sketches in one row, and the place of each slot's in it."""
@@ -322,8 +325,6 @@ class Table:
 
 def _is_sound(sketch: Sketch, slots: int, ranks: int) -> bool:
     """Whether the columns of a sketch, which came from elsewhere, fit one another."""
-    samples, count = sketch.samples, len(sketch.samples.slots)
-    columns = (samples.seqs, samples.kinds, samples.entered_s, samples.durations_s)
     return (
         len(sketch.entered) == len(sketch.ended) == slots
         and len(sketch.waiting_s) in (0, slots)
@@ -332,11 +333,17 @@ def _is_sound(sketch: Sketch, slots: int, ranks: int) -> bool:
         and len(sketch.still_s) in (0, ranks)
         and len(sketch.open_kinds) in (0, slots)
         and max(sketch.open_kinds, default=0) <= len(sketch.kinds)
-        and all(len(column) == count for column in columns)
-        and (not count or (max(samples.slots) < slots and max(samples.kinds) < len(sketch.kinds)))
+        and len(sketch.samples) % SAMPLE_BYTES == 0
         and not isnan(sketch.at)
         and not isinf(sketch.gap_s)
     )
+
+
+def _joined(columns: Sequence[Ints | list[int]]) -> tuple[Ints, Ints, Ints]:
+    """All in one row, and where each begins and ends in it."""
+    sizes = np.array(list(map(len, columns)), np.int64)
+    ends = np.cumsum(sizes)
+    return np.concatenate(columns).astype(np.int64), ends - sizes, ends
 
 
 def _column(columns: Any, kind: Any) -> Any:

@@ -88,9 +88,9 @@ class Meter:
         count = np.minimum.reduceat(advanced, starts)
         pace = count / seconds
         complete = self._complete_rows(table)
-        wait_s, transfer_s = _waits_and_transfers(table, complete)
+        waited_s, transfer_s = _waits_and_transfers(table, complete)
         rows = complete.sum(axis=1)
-        sampled = np.where(complete[group], wait_s, 0.0).sum(axis=1) / np.maximum(rows, 1)[group]
+        sampled = waited_s / np.maximum(rows, 1)[group]
         usual = self._usual(count)
         # More or less than others that are used as often only tells where the window ended.
         total = np.minimum.reduceat(table.ended[: table.used], starts)
@@ -176,24 +176,32 @@ class Meter:
 
 
 def _waits_and_transfers(table: Table, complete: Bools) -> tuple[Floats, Floats]:
-    """For each slot and place how long it waited, and for each group the shortest duration.
+    """How long each slot waited in all `complete` operations of its group, and how long these took.
 
-    Durations where all ranks of the group have them: no clocks are compared, and time that slow
-    transfers take is not taken for the rank's own. Else how much later than this rank the last one
-    entered, unless that only tells when an operation was enqueued.
+    The latter is the shortest duration over the ranks, by group and place; NaN: not known. Waiting
+    is told by durations where all ranks of the group have them: no clocks are compared, and time
+    that slow transfers take is not taken for the rank's own. Else by how much later than this rank
+    the last one entered, unless that only tells when an operation was enqueued.
     """
     starts, group = table.starts, table.group[: table.used]
-    duration = table.row_duration[: table.used]
-    shortest = np.minimum.reduceat(duration, starts, axis=0)  # NaN if any is
-    entered = table.row_entered[: table.used]
-    latest = np.maximum.reduceat(entered, starts, axis=0)
+    sizes = np.diff(np.r_[starts, table.used])
     enqueued = np.array([part.enqueued for part in table.group_parts], np.bool_)
-    late = np.where(enqueued[group][:, None], np.nan, latest[group] - entered)
-    late[table.is_source[: table.used]] = 0.0  # a sender need not wait for its receiver
-    by_duration = complete & ~np.isnan(shortest)
-    wait = np.where(by_duration[group], duration, late)
-    waits_for_all = table.meeting[table.row_kind[: table.used]]
-    return np.where(waits_for_all, wait, 0.0), np.where(by_duration, shortest, np.nan)
+    waited, took = np.zeros(table.used), np.full(complete.shape, np.nan)
+    for place in np.flatnonzero(complete.any(axis=0)):  # one at a time: these stay in the cache
+        groups = np.flatnonzero(complete[:, place])
+        slots = np.flatnonzero(complete[group, place])
+        counts = sizes[groups]
+        first = np.cumsum(counts) - counts
+        duration, entered = table.row_duration[slots, place], table.row_entered[slots, place]
+        shortest = np.minimum.reduceat(duration, first)  # NaN if any is
+        late = np.repeat(np.maximum.reduceat(entered, first), counts) - entered
+        late[np.repeat(enqueued[groups], counts)] = np.nan
+        late[table.is_source[slots]] = 0.0  # a sender need not wait for its receiver
+        wait = np.where(np.repeat(np.isnan(shortest), counts), late, duration)
+        waits_for_all = table.meeting[table.row_kind[slots, place]]
+        waited[slots] += np.where(waits_for_all, wait, 0.0)
+        took[groups, place] = shortest
+    return waited, took
 
 
 def _seen_twice(table: Table) -> Bools:
