@@ -1,6 +1,8 @@
 """The detector over whole simulated jobs: quiet when it should be, and over when it is over."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 
 import msgspec
 import numpy as np
@@ -11,7 +13,7 @@ from ckptd.coordinator.diagnosis import Detector, Finding, Kind, Offset, Scope
 from ckptd.coordinator.diagnosis.score import BOLD
 from ckptd.coordinator.diagnosis.slowness import History
 from ckptd.coordinator.diagnosis.windows import Window
-from ckptd.sketches import Aggregator, Sketch
+from ckptd.sketches import Aggregator, Sketch, pack, unpack
 
 from .simulation import Fault, Job, Shape, play
 
@@ -38,6 +40,30 @@ def watch(
 @pytest.mark.parametrize("source", ["durations", "entries", "gpu", "gpu entries"])
 def test_nothing_is_found_in_a_healthy_job(source: str) -> None:
     assert watch(Job(replace(SMALL, compile_s=60.0), 1, source=source), 300) == []
+
+
+def untimed(sketch: Sketch) -> Sketch:
+    samples = (each._replace(duration_s=nan) for each in unpack(sketch.samples))
+    return msgspec.structs.replace(sketch, samples=pack(samples), waited_s=())
+
+
+@pytest.mark.parametrize("told", [untimed, lambda _: None], ids=["recorder", "nothing"])
+@pytest.mark.parametrize("source", ["durations", "gpu"])
+def test_a_job_of_which_half_the_nodes_have_another_source_is_left_alone(
+    source: str, told: Callable[[Sketch], Sketch | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while it is upgraded: some are timed, others only recorded, or not seen at all."""
+    whole = Job.sketches
+
+    def sketches(job: Job, at: float) -> list[Sketch]:
+        made = [
+            sketch if number % 2 else told(sketch) for number, sketch in enumerate(whole(job, at))
+        ]
+        return [sketch for sketch in made if sketch is not None]
+
+    monkeypatch.setattr(Job, "sketches", sketches)
+    job = Job(replace(SMALL, data=16, compile_s=60.0), 1, source=source)
+    assert watch(job, 300) == []
 
 
 def test_a_slow_rank_is_named_and_then_it_is_over() -> None:
