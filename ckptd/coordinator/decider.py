@@ -967,8 +967,8 @@ class Coordinator:
         only for a better one, or when it is certain that it cannot be restored. Nor do others go
         for it, or it for older ones, as long as no room is needed: what is lost may be back.
         """
-        if now < self._settled_at:
-            return  # too few nodes have been heard
+        if now < self._settled_at or self._replication.awaited:
+            return  # too few nodes have been heard; or somebody may want to go back to it
         self._look_at_parity(job, now)  # a node that is back may have its place again
         reason, holdings = snapshot.unprotected, self.live_holdings(snapshot.id)
         verdict = recovery.judge(snapshot.manifest, snapshot.world_size, holdings)
@@ -1500,7 +1500,12 @@ class Coordinator:
             self._send(node, Commit(path[-1].id, (oldest.id,)))
 
     def _clear_rollback(self, job: Job, now: float) -> None:
-        """Once a life trains from where somebody wanted to go back to, the wish is fulfilled."""
+        """Once a life trains from where somebody wanted to go back to, the wish is fulfilled.
+
+        Not before all wishes are known: there may be a later one.
+        """
+        if now < self._settled_at or self._replication.awaited:
+            return
         if self.journal.rollback(job.name) is not None and self.rollback_of(job) is None:
             self._note(Rollback(job.name, None), now)
 

@@ -12,6 +12,7 @@ from ckptd.coordinator.replication import Replication
 from ckptd.coordinator.view import status
 from ckptd.ids import SnapshotId
 from ckptd.journal import Entry, Incident, Isolated, Journal, LogSummary, Rollback
+from ckptd.terms import Obeyed, Term
 from ckptd.wire import AskEntries, Commit, Entries, KeepEntries, Kept, ResumeWaits, RollBack
 
 from .fakes import JOB, Cluster
@@ -287,6 +288,51 @@ class TestWholeClusters:
         commits = [m for m in cluster.told("a", Commit) if isinstance(m, Commit)]
         assert commits[-1].id == newest
         assert not any(wanted in commit.retire for commit in commits)
+
+    def test_nothing_is_dropped_for_a_better_one_before_the_log_is_there(self) -> None:
+        cluster = Cluster("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.start("a", "b")
+        wanted = cluster.make_protected()
+        cluster.obey(RollBack(JOB, wanted.step))
+        theirs = cluster.coordinator.journal
+        cluster.make_protected()
+        held = cluster.nodes["b"].holdings[wanted]
+        cluster.nodes["b"].holdings[wanted] = msgspec.structs.replace(held, extents=())
+        cluster.coordinator = Coordinator(cluster.settings, cluster.now)
+        for _ in range(2):  # the second time its orders are repeated, and b lacks what they need
+            for name in ("a", "b"):
+                hello = msgspec.structs.replace(cluster.hello_of(name), log=theirs.summary)
+                cluster.say(name, hello)
+        cluster.pass_time(cluster.settings.lease_s + 1)
+        assert wanted in cluster.coordinator.jobs[JOB].snapshots
+        cluster.say("a", Entries(theirs.entries))
+        cluster.pass_time(1)
+        assert wanted in cluster.coordinator.jobs[JOB].snapshots
+
+    def test_a_wish_that_was_fulfilled_is_not_taken_back_before_later_ones_are_known(self) -> None:
+        cluster = Cluster("a", "b")
+        cluster.pass_time(cluster.settings.lease_s)
+        cluster.start("a", "b")
+        wanted = cluster.make_protected()
+        cluster.obey(RollBack(JOB, wanted.step))
+        old = cluster.coordinator.journal.entries
+        cluster.stop_job()
+        cluster.start("a", "b", round_="r2")
+        cluster.pass_time(1)
+        cluster.obey(RollBack(JOB, wanted.step))
+        new = cluster.coordinator.journal
+        cluster.coordinator = Coordinator(cluster.settings, cluster.now)
+        cluster.coordinator.journal.merge(old)
+        obeyed = Obeyed(Term(1, "the one before"), 100.0, 100.0)
+        for name in ("a", "b"):
+            hello = cluster.hello_of(name)
+            cluster.say(name, msgspec.structs.replace(hello, log=new.summary, obeyed=obeyed))
+        cluster.pass_time(cluster.settings.lease_s + 1)
+        cluster.say("a", Entries(new.entries))
+        cluster.pass_time(1)
+        job = cluster.coordinator.jobs[JOB]
+        assert cluster.coordinator.rollback_of(job) == wanted
 
     def test_a_resume_does_not_wait_for_the_log_of_a_lost_node(self) -> None:
         cluster = Cluster("a", "b", "c")

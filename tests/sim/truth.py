@@ -473,9 +473,12 @@ class Truth:
             if not machine.alive or machine.agent is None:
                 continue
             for job in self._world.jobs.values():
-                slots = [s for s in machine.agent.lifecycle.slots.values() if s.job == job.name]
+                here = machine.agent.lifecycle
+                slots = [s for s in here.slots.values() if s.job == job.name]
                 run = job.run
                 ranks = sum(t.machine is machine for t in run.trainers) if run is not None else 0
+                # A process of a run before, that is hard to kill, has its slots until it is dead.
+                ranks = max(ranks, sum(t.job == job.name for t in here.trainers.values()))
                 # Free ones are kept where the job was, for its next life there.
                 segments = [s for s in slots if not s.parity and (ranks or s.use is not Use.FREE)]
                 parities = [s for s in slots if s.parity and s.use is not Use.FREE]
