@@ -7,6 +7,7 @@ from ckptd.watching import Gap
 _FUTURE_S = 5.0
 _EXACT_S = 1e-6
 _GROUPS_LIMIT = 10_000
+_SEQ_END = 1 << 62
 
 
 class TimingReader:
@@ -31,7 +32,8 @@ class TimingReader:
         for record in records:
             at = record.entered_ns / 1e9
             timed = self.began_at - 1.0 <= at <= now + _FUTURE_S
-            if not timed or record.group >= len(groups) or record.op >= len(OPS):
+            known = record.group < len(groups) and record.op < len(OPS)
+            if not (timed and known and record.seq < _SEQ_END):
                 dropped += 1
                 continue
             collective = self._collective(record, groups[record.group].group)

@@ -148,6 +148,8 @@ def test_the_ring_tells_what_it_has_lost(tmp_path):
     assert not timing.take(found[:1], groups, NOW)[1]
     gaps = timing.take(found[4:], groups, NOW)[1]
     assert [(gap.first_seq, gap.last_seq) for gap in gaps] == [(18, 20)]
+    absurd = [found[0]._replace(entered_ns=int(NOW) * 10**9, seq=1 << 62)]
+    assert timing.take(absurd, groups, NOW) == ([], [], 1)
     read.close()
 
 
