@@ -167,7 +167,7 @@ class Coordinator:
         """Jobs that were forgotten, and their last life: a node that was away may still hold it."""
         self._peers: dict[bytes, str] = {}
         self._out: list[Send] = []
-        self._process_began = self._awake_at = now
+        self._process_began = self._awake_at = self._caught_up_at = now
         self._ticked_at = now
         self._diagnose_at = now
         shared = Shared(
@@ -419,6 +419,7 @@ class Coordinator:
         if away_s < self.settings.lease_s / 2:
             return
         self.started_at += away_s
+        self._caught_up_at = now + self.settings.beat_s  # what was said meanwhile is still to come
         for node in self.nodes.values():
             node.last_seen = min(now, node.last_seen + away_s)
 
@@ -1567,6 +1568,7 @@ class Coordinator:
             or self._missing_ranks(job, pending)
             or self._still_runs(job, pending, now)
             or self._missing_entries()
+            or self._catching_up(now)
             or choice.choose(
                 job,
                 pending,
@@ -1657,6 +1659,11 @@ class Coordinator:
     def _missing_entries(self) -> choice.Wait | None:
         awaited = self._replication.awaited
         return choice.Wait(f"the log that {', '.join(awaited)} kept") if awaited else None
+
+    def _catching_up(self, now: float) -> choice.Wait | None:
+        if now >= self._caught_up_at:
+            return None
+        return choice.Wait("what agents said while the coordinator was stopped")
 
     def _grant(
         self,
@@ -1787,7 +1794,8 @@ class Coordinator:
     def _settled_at(self) -> float:
         """From then on, a node that has not been heard of is lost."""
         settle_s = self.settings.settle_s
-        return self.started_at + (self.settings.lease_s if settle_s is None else settle_s)
+        settled_at = self.started_at + (self.settings.lease_s if settle_s is None else settle_s)
+        return max(settled_at, self._caught_up_at)
 
     def _job(self, name: str) -> Job:
         if name not in self.jobs:

@@ -145,6 +145,19 @@ class TestMembership:
         cluster.destroy("b")
         assert cluster.told("s", Activate)
 
+    def test_a_coordinator_that_was_stopped_first_takes_in_what_was_said_meanwhile(self) -> None:
+        """Of a node only its Hello may be taken in yet, and not what it has sealed since."""
+        cluster = trained("a", "b")
+        cluster.stop_job()
+        cluster.attach("r2", "a", "b")
+        cluster.now += 0.6 * cluster.settings.lease_s
+        assert cluster.ask() is None
+        assert (
+            last_wait(cluster, "a").reason == "what agents said while the coordinator was stopped"
+        )
+        cluster.pass_time(2 * cluster.settings.beat_s)
+        assert [grant.life for grant in cluster.granted("a")] == [1, 2]
+
     def test_a_coordinator_that_was_stopped_is_not_settled(self) -> None:
         """The time in which it could hear of nobody does not count as time to hear of all."""
         cluster = Cluster("s")
