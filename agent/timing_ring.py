@@ -2,12 +2,12 @@
 
 from ckptd.collectives import Collective, GroupInfo
 from ckptd.ring import OPS, Record
+from ckptd.sketches import SEQ_END
 from ckptd.watching import Gap
 
 _FUTURE_S = 5.0
 _EXACT_S = 1e-6
 _GROUPS_LIMIT = 10_000
-_SEQ_END = 1 << 62
 
 
 class TimingReader:
@@ -33,7 +33,7 @@ class TimingReader:
             at = record.entered_ns / 1e9
             timed = self.began_at - 1.0 <= at <= now + _FUTURE_S
             known = record.group < len(groups) and record.op < len(OPS)
-            if not (timed and known and record.seq < _SEQ_END):
+            if not (timed and known and record.seq < SEQ_END):
                 dropped += 1
                 continue
             collective = self._collective(record, groups[record.group].group)

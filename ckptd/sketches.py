@@ -34,7 +34,9 @@ _MIX = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-Seq = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+SEQ_END = 1 << 62
+"""Above all numbers of operations."""
+Seq = Annotated[int, msgspec.Meta(ge=0, lt=SEQ_END)]
 """Number of an operation; it fits a column of 64 bits."""
 
 

@@ -989,8 +989,8 @@ class Coordinator:
         heard = {name for name, node in self.nodes.items() if node.last_seen >= sure_at}
         no_room = worth.waits_for_room(job, snapshot.id, self.live_holdings)
         if better is not None:
-            newer = job.snapshots[better]
-            if newer.id > snapshot.id and snapshot.id in keeping.kept(job, newer, None, self.nodes):
+            kept = keeping.kept(job, job.snapshots[better], None, self.nodes)
+            if better > snapshot.id and snapshot.id in kept:
                 return  # one of those that the job keeps beside the newer one
             if better > snapshot.id or (no_room and snapshot.id.life == job.life):
                 self._end(job, snapshot, State.DROPPED, reason, now)
@@ -1471,9 +1471,7 @@ class Coordinator:
         """
         if job.keep < 2:
             return
-        states = [
-            held.state for (round_, _), held in job.attachments.items() if round_ == job.round
-        ]
+        states = job.states
         busy = any(
             snapshot.id.life == job.life and not keeping.is_safe(snapshot, self.nodes)
             for snapshot in job.snapshots.values()

@@ -229,12 +229,15 @@ class Job:
         return self.record.keep if self.record is not None else 1
 
     @property
+    def states(self) -> list[RankState]:
+        """Of the ranks of `round` that are there, whether they know of the life yet or not."""
+        here = self.attachments.items()
+        return [held.state for (round_, _), held in here if round_ == self.round]
+
+    @property
     def runs(self) -> bool:
         """Whether all ranks of the life are there."""
-        states = [
-            held.state for (round_, _), held in self.attachments.items() if round_ == self.round
-        ]
-        return sum(state.life == self.life for state in states) == self.world_size > 0
+        return sum(state.life == self.life for state in self.states) == self.world_size > 0
 
     def has_given_up(self, id: SnapshotId) -> bool:
         """Whether a rollback went back past `id`."""

@@ -13,8 +13,7 @@ HoldingsOf = Callable[[SnapshotId], recovery.Holdings]
 
 def waits_for_room(job: Job, id: SnapshotId, holdings_of: HoldingsOf) -> bool:
     """Whether the life that runs gets nothing newer than `id` unless it has more free slots."""
-    here = [held.state for (round_, _), held in job.attachments.items() if round_ == job.round]
-    if not job.runs or all(state.free_slots for state in here):
+    if not job.runs or all(state.free_slots for state in job.states):
         return False
     if any(held.extents for past in job.ended for held in holdings_of(past.id).values()):
         return False  # slots are about to be free

@@ -154,6 +154,23 @@ def summaries(place: Place) -> set[LogSummary]:
     }
 
 
+def with_a_wish() -> tuple[Cluster, SnapshotId]:
+    """A job on two nodes, and the protected snapshot to which somebody wants to go back."""
+    cluster = Cluster("a", "b")
+    cluster.pass_time(cluster.settings.lease_s)
+    cluster.start("a", "b")
+    wanted = cluster.make_protected()
+    cluster.obey(RollBack(JOB, wanted.step))
+    return cluster, wanted
+
+
+def say_hello(cluster: Cluster, log: LogSummary, obeyed: Obeyed = Obeyed()) -> None:  # noqa: B008 (frozen)
+    """Both nodes say it, and that they keep so much of the log."""
+    for name in ("a", "b"):
+        hello = cluster.hello_of(name)
+        cluster.say(name, msgspec.structs.replace(hello, log=log, obeyed=obeyed))
+
+
 class TestWholeClusters:
     def test_what_is_said_is_stored_everywhere(self, place: Place) -> None:
         first = place.coordinator("c1", FIRST)
@@ -256,29 +273,19 @@ class TestWholeClusters:
         assert cluster.coordinator.forgetful == ()
 
     def test_what_nobody_is_there_to_keep_is_not_kept(self) -> None:
-        cluster = Cluster("a", "b")
-        cluster.pass_time(cluster.settings.lease_s)
-        cluster.start("a", "b")
-        wanted = cluster.make_protected()
-        cluster.obey(RollBack(JOB, wanted.step))
+        cluster, _ = with_a_wish()
         cluster.destroy("a", "b")
         assert cluster.coordinator.forgetful == ("a", "b")
 
     def test_nothing_is_retired_before_the_log_is_there(self) -> None:
         """What the newest would replace may be what somebody wants to go back to."""
-        cluster = Cluster("a", "b")
-        cluster.pass_time(cluster.settings.lease_s)
-        cluster.start("a", "b")
-        wanted = cluster.make_protected()
-        cluster.obey(RollBack(JOB, wanted.step))
+        cluster, wanted = with_a_wish()
         theirs = cluster.coordinator.journal
         newest = max(cluster.tickets("a"))
         cluster.seal_all(newest)
         cluster.encode("a", newest)
         cluster.coordinator = Coordinator(cluster.settings, cluster.now)
-        for name in ("a", "b"):
-            hello = msgspec.structs.replace(cluster.hello_of(name), log=theirs.summary)
-            cluster.say(name, hello)
+        say_hello(cluster, theirs.summary)
         cluster.encode("b", newest)
         known = cluster.coordinator.jobs[JOB].snapshots
         assert {wanted, newest} <= set(known)
@@ -290,20 +297,14 @@ class TestWholeClusters:
         assert not any(wanted in commit.retire for commit in commits)
 
     def test_nothing_is_dropped_for_a_better_one_before_the_log_is_there(self) -> None:
-        cluster = Cluster("a", "b")
-        cluster.pass_time(cluster.settings.lease_s)
-        cluster.start("a", "b")
-        wanted = cluster.make_protected()
-        cluster.obey(RollBack(JOB, wanted.step))
+        cluster, wanted = with_a_wish()
         theirs = cluster.coordinator.journal
         cluster.make_protected()
         held = cluster.nodes["b"].holdings[wanted]
         cluster.nodes["b"].holdings[wanted] = msgspec.structs.replace(held, extents=())
         cluster.coordinator = Coordinator(cluster.settings, cluster.now)
         for _ in range(2):  # the second time its orders are repeated, and b lacks what they need
-            for name in ("a", "b"):
-                hello = msgspec.structs.replace(cluster.hello_of(name), log=theirs.summary)
-                cluster.say(name, hello)
+            say_hello(cluster, theirs.summary)
         cluster.pass_time(cluster.settings.lease_s + 1)
         assert wanted in cluster.coordinator.jobs[JOB].snapshots
         cluster.say("a", Entries(theirs.entries))
@@ -311,11 +312,7 @@ class TestWholeClusters:
         assert wanted in cluster.coordinator.jobs[JOB].snapshots
 
     def test_a_wish_that_was_fulfilled_is_not_taken_back_before_later_ones_are_known(self) -> None:
-        cluster = Cluster("a", "b")
-        cluster.pass_time(cluster.settings.lease_s)
-        cluster.start("a", "b")
-        wanted = cluster.make_protected()
-        cluster.obey(RollBack(JOB, wanted.step))
+        cluster, wanted = with_a_wish()
         old = cluster.coordinator.journal.entries
         cluster.stop_job()
         cluster.start("a", "b", round_="r2")
@@ -324,10 +321,7 @@ class TestWholeClusters:
         new = cluster.coordinator.journal
         cluster.coordinator = Coordinator(cluster.settings, cluster.now)
         cluster.coordinator.journal.merge(old)
-        obeyed = Obeyed(Term(1, "the one before"), 100.0, 100.0)
-        for name in ("a", "b"):
-            hello = cluster.hello_of(name)
-            cluster.say(name, msgspec.structs.replace(hello, log=new.summary, obeyed=obeyed))
+        say_hello(cluster, new.summary, Obeyed(Term(1, "the one before"), 100.0, 100.0))
         cluster.pass_time(cluster.settings.lease_s + 1)
         cluster.say("a", Entries(new.entries))
         cluster.pass_time(1)

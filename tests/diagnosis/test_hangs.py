@@ -13,7 +13,7 @@ from ckptd.coordinator.diagnosis.hangs import all_idle, find_stall
 from ckptd.coordinator.diagnosis.table import Table
 from ckptd.coordinator.diagnosis.thresholds import Thresholds
 from ckptd.errors import ProtocolError
-from ckptd.sketches import Part, Sample, Sketch, pack
+from ckptd.sketches import SEQ_END, Part, Sample, Sketch, pack
 
 STOPPED_AT, NOW = 10.0, 20.0
 Group = tuple[str, dict[int, tuple[int, int]]]
@@ -382,6 +382,7 @@ def test_samples_that_do_not_fit_are_left_out() -> None:
     good = Sample(0, 0, 3, 0.5, 0.25)
     wrong = good._replace(seq=2)
     samples = [wrong._replace(slot=1), wrong._replace(kind=1), wrong._replace(seq=-2), good]
+    samples.append(wrong._replace(seq=SEQ_END))
     sketch = Sketch(
         "job", 1, "n0", 1, 10.0, (3,), (3,), samples=pack(samples), kinds=kinds, parts=parts
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ckptd.collectives import MEETING
 from ckptd.errors import ProtocolError
-from ckptd.sketches import SAMPLE_BYTES, Part, Sketch, ranks_of
+from ckptd.sketches import SAMPLE_BYTES, SEQ_END, Part, Sample, Sketch, ranks_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,12 +23,7 @@ Bools = NDArray[np.bool_]
 ROWS = 24
 """Sampled operations that are kept of each slot: all of a window, where a group has few."""
 RANKS_MAX = 1 << 20
-_SAMPLE = np.dtype(
-    {
-        "names": ["slot", "kind", "seq", "entered_s", "duration_s"],
-        "formats": ["<u4", "<u4", "<i8", "<f8", "<f8"],
-    }
-)
+_SAMPLE = np.dtype(list(zip(Sample._fields, ("<u4", "<u4", "<i8", "<f8", "<f8"), strict=True)))
 """As `ckptd.sketches.pack` has it."""
 _NO_RANK = _NO_KIND = -1
 _NEVER = -np.inf
@@ -201,7 +196,8 @@ class Table:
         slots, slots_from, slots_to = _joined(layouts)
         kinds, kinds_from, kinds_to = _joined([list(map(self._kind, s.kinds)) for s, _ in batch])
         slot, kind = samples["slot"] + slots_from[sketch], samples["kind"] + kinds_from[sketch]
-        fits = (slot < slots_to[sketch]) & (kind < kinds_to[sketch]) & (samples["seq"] >= 0)
+        fits = (slot < slots_to[sketch]) & (kind < kinds_to[sketch])
+        fits &= (samples["seq"] >= 0) & (samples["seq"] < SEQ_END)
         samples, sketch = samples[fits], sketch[fits]  # the rest is of no use to anybody
         slot, seq = slots[slot[fits]], samples["seq"]
         place = seq % ROWS

@@ -186,6 +186,7 @@ def _waits_and_transfers(table: Table, complete: Bools) -> tuple[Floats, Floats]
     starts, group = table.starts, table.group[: table.used]
     sizes = np.diff(np.r_[starts, table.used])
     enqueued = np.array([part.enqueued for part in table.group_parts], np.bool_)
+    meeting = table.meeting
     waited, took = np.zeros(table.used), np.full(complete.shape, np.nan)
     for place in np.flatnonzero(complete.any(axis=0)):  # one at a time: these stay in the cache
         groups = np.flatnonzero(complete[:, place])
@@ -198,7 +199,7 @@ def _waits_and_transfers(table: Table, complete: Bools) -> tuple[Floats, Floats]
         late[np.repeat(enqueued[groups], counts)] = np.nan
         late[table.is_source[slots]] = 0.0  # a sender need not wait for its receiver
         wait = np.where(np.repeat(np.isnan(shortest), counts), late, duration)
-        waits_for_all = table.meeting[table.row_kind[slots, place]]
+        waits_for_all = meeting[table.row_kind[slots, place]]
         waited[slots] += np.where(waits_for_all, wait, 0.0)
         took[groups, place] = shortest
     return waited, took
